@@ -1,0 +1,322 @@
+"""What a check gives: one `CheckRun`, which every report, the seal and the baselines are made from.
+
+It is written to `report.json` and read back from it; statuses are not stored in it but computed again.
+Non-finite numbers are written as the strings "NaN", "Infinity" and "-Infinity", since JSON has none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from gate.engines.interface import BuildRecord
+from gate.verdict import Evidence, Failure, Finding, Status, Verdict, status_of
+
+
+class OutputMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Every parity metric of one output (docs/findings.md says what each means). None: not defined for it.
+
+    Args:
+        output: Its name in the reference.
+        kind: `float`, or `exact` for integers and booleans.
+        samples, elements: How many were compared; an output without a batch axis counts one sample a batch.
+        nonfinite_reference, nonfinite_candidate: Elements that are NaN or Inf.
+        max_abs, max_abs_sample, max_abs_element: The largest |d|, its sample and its flat index in the sample.
+        rms_reference: Root mean square of the reference, the scale that limits are relative to.
+        cosine_distance: 1 - cosine of the worst sample; `mean_cosine_distance` over all samples.
+        centered_cosine_distance: Of the worst sample, after the reference's per-class mean is removed from both.
+        allclose_fraction: Elements with |d| <= atol + rtol·|reference|, at `allclose_atol`, `allclose_rtol`.
+        quantiles: Of |d|, by name (`p50`, `p90`, `p99`, `p99_9`), within 3.1 %.
+        worst_samples: Index and relative error of the worst, worst first.
+        top1_agree, top5_agree, topk_samples: Counts, where the output is [N, classes].
+    """
+
+    output: str
+    kind: Literal["float", "exact"]
+    samples: int
+    elements: int
+    nonfinite_reference: int
+    nonfinite_candidate: int
+    max_abs: float
+    max_abs_sample: int | None
+    max_abs_element: int | None
+    mean_abs: float
+    rms_reference: float
+    rel_rmse: float
+    sqnr_db: float | None
+    cosine_distance: float | None
+    mean_cosine_distance: float | None
+    centered_cosine_distance: float | None
+    allclose_fraction: float
+    allclose_atol: float
+    allclose_rtol: float
+    mismatch_fraction: float
+    quantiles: dict[str, float]
+    worst_samples: tuple[tuple[int, float], ...]
+    top1_agree: int | None = None
+    top5_agree: int | None = None
+    topk_samples: int | None = None
+
+
+class TaskMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Top-1 and top-5 of engine and reference against labels, as counts over the same `samples`.
+
+    Args:
+        correct: The engine's top-1 outcome of every sample in order, as hex of `numpy.packbits`.
+        reference_correct: The reference's, likewise.
+    """
+
+    samples: int
+    top1: int
+    top5: int | None
+    reference_top1: int
+    reference_top5: int | None
+    correct: str
+    reference_correct: str
+
+
+class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Latency of one batch, host wall time from feed to outputs. Percentiles are nearest-rank.
+
+    Args:
+        timed: What the timed region holds: `host_wall`.
+        batch: Batch size.
+        n: Inferences timed; `sessions` processes they come from; `warm_up` untimed ones before them.
+        throughput: Samples per second: batch / mean latency.
+        durations_ns: Every raw latency, in order; kept as evidence, left out of report.json.
+    """
+
+    timed: str
+    batch: int
+    n: int
+    sessions: int
+    warm_up: int
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+    throughput: float
+    clock: str
+    durations_ns: tuple[int, ...] = ()
+
+
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The device and the software on it.
+
+    Args:
+        kind: `cpu` or `gpu`.
+        name: Of the CPU or GPU.
+        cores: Usable CPU cores.
+        isa: What changes a CPU's arithmetic: `avx2`, `avx512`, `avx512_vnni`, `neon`, …
+        compute_capability, driver, cuda: Of the GPU; None without one.
+        os: System and architecture.
+        versions: Installed versions by distribution, those that can change answers or speed.
+    """
+
+    kind: Literal["cpu", "gpu"]
+    name: str
+    cores: int
+    isa: tuple[str, ...]
+    os: str
+    python: str
+    versions: dict[str, str]
+    compute_capability: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+
+
+class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One engine's part of a run.
+
+    Args:
+        name, backend, precision: As in the spec.
+        verdict: None for an optional engine that was NOT RUN.
+        not_run: Why, where it was not run.
+        evidence: What the verdict rests on; None where not run.
+        size_bytes: Of the engine's file.
+        build: How it was made; None where it was not.
+        engine_sha256: Digest of the engine's file.
+        engine_path: Where it lies on this machine, while the run lasts; not in report.json.
+        outputs, task, latency: What was measured.
+        reused: What came from the cache: any of `export`, `lowered`, `engine`.
+        subject: What accuracy depends on, for the baseline's key: see gate.baseline.
+        notes: Sentences for the reader: defaults that applied, likely causes.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    verdict: Verdict | None
+    not_run: str | None = None
+    evidence: Evidence | None = None
+    size_bytes: int | None = None
+    build: BuildRecord | None = None
+    engine_sha256: str | None = None
+    engine_path: str | None = None
+    outputs: tuple[OutputMetrics, ...] = ()
+    task: TaskMetrics | None = None
+    latency: LatencyMetrics | None = None
+    host_peak_mib: float | None = None
+    baseline_sha256: str | None = None
+    onnx_opset: int | None = None
+    calibration_sha256: str | None = None
+    reused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status | None:
+        """The verdict's status; None where not run."""
+        return None if self.verdict is None else self.verdict.status
+
+    @property
+    def failing(self) -> tuple[Finding | Failure, ...]:
+        """Findings that are not PASSED, FAILED ones first, in their own order."""
+        findings = () if self.verdict is None else self.verdict.findings
+        return tuple(
+            finding
+            for status in (Status.FAILED, Status.INCONCLUSIVE)
+            for finding in findings
+            if finding.status is status
+        )
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Digests and versions that say what was compared with what.
+
+    Args:
+        spec_sha256: Of the spec's bytes.
+        data_sha256: Of every evaluation sample and label, in order.
+        reference_sha256: Key of the reference: weights, code, inputs, torch version.
+        reference: For a reader, such as `torch 2.13.0 fp32 (recorded 3a1f…, reused)`.
+        git: Commit of the spec's folder, with `-dirty` appended where it has changes; None outside a checkout.
+    """
+
+    spec_sha256: str
+    data_sha256: str
+    reference_sha256: str
+    reference: str
+    weights_sha256: str | None
+    git: str | None
+    seed: int
+
+
+class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One run of `gate check` over one spec.
+
+    Args:
+        schema_version: Of report.json.
+        gate_version: Of this package.
+        spec_path: As the user gave it.
+        model_id: From the spec.
+        samples: Compared.
+        created: UTC, RFC 3339, whole seconds.
+        profile: Per input, its min, opt and max shapes.
+        seconds: Wall time by stage (`export`, `lower`, `build`, `reference`, `run`, `compare`, `latency`, `total`).
+        reused: Of the whole run: any of `reference`, `export`.
+    """
+
+    schema_version: Literal[1] = 1
+    gate_version: str
+    spec_path: str
+    model_id: str
+    samples: int
+    created: str
+    device: Fingerprint
+    provenance: Provenance
+    profile: dict[str, dict[str, list[int]]]
+    engines: tuple[EngineResult, ...]
+    seconds: dict[str, float]
+    reused: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """The worst status of the engines that ran.
+
+        Raises:
+            MeasurementError: None of them ran.
+        """
+        return status_of([engine.status for engine in self.engines if engine.status is not None])
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine that ran passed."""
+        return self.status is Status.PASSED
+
+    def __getitem__(self, check: str) -> Finding | Failure:
+        """The finding of a check, `task.top1_drop_pp`, or `ort-fp16:task.top1_drop_pp` where several engines ran.
+
+        Raises:
+            KeyError: There is none, or it is of several engines; names what there is.
+        """
+        engine, _, name = check.rpartition(":")
+        found = [
+            finding
+            for result in self.engines
+            if engine in ("", result.name) and result.verdict is not None
+            for finding in result.verdict.findings
+            if finding.check == name
+        ]
+        if len(found) != 1:
+            checks = sorted(
+                f"{result.name}:{finding.check}"
+                for result in self.engines
+                if result.verdict is not None
+                for finding in result.verdict.findings
+            )
+            many = "several engines have" if found else "there is no"
+            raise KeyError(f"{many} check {check!r}; this run has {', '.join(checks)}")
+        return found[0]
+
+
+def builtins_from(value: object) -> Any:
+    """A struct as dicts, lists, strings and finite numbers, for JSON.
+
+    `durations_ns` and `engine_path` are left out, and a finding carries its computed `status` for readers.
+    """
+    if isinstance(value, (Finding, Failure, EngineResult, CheckRun, Verdict)):
+        raw = {name: builtins_from(getattr(value, name)) for name in value.__struct_fields__ if name not in _NOT_STORED}
+        if isinstance(value, (Finding, Failure)):
+            raw = {"type": "finding" if isinstance(value, Finding) else "failure", **raw}
+        status = None if value.status is None else value.status.value
+        return {**raw, "status": status}
+    if isinstance(value, msgspec.Struct):
+        return {name: builtins_from(getattr(value, name)) for name in value.__struct_fields__ if name not in _NOT_STORED}
+    if isinstance(value, dict):
+        return {key: builtins_from(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [builtins_from(each) for each in value]
+    if isinstance(value, (Status, Evidence)):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+_NOT_STORED = frozenset({"durations_ns", "engine_path"})
+
+
+def run_from_builtins(raw: Any) -> CheckRun:
+    """The inverse of `builtins_from` for a run: statuses are dropped and computed again.
+
+    Raises:
+        msgspec.ValidationError: It is not a run.
+    """
+    return msgspec.convert(_without_status(raw), CheckRun, strict=True)
+
+
+def _without_status(raw: Any) -> Any:
+    if isinstance(raw, dict):
+        return {
+            key: _without_status(value)
+            for key, value in raw.items()
+            if not (key == "status" and value in (None, "PASSED", "FAILED", "INCONCLUSIVE"))
+        }
+    if isinstance(raw, list):
+        return [_without_status(each) for each in raw]
+    if raw in ("NaN", "Infinity", "-Infinity"):
+        return float(raw)
+    return raw

@@ -1,0 +1,701 @@
+"""The spec, `gate.toml`: read, validated, and refused with file, line and key.
+
+Pure but for `read_spec`, which reads the one file. Nothing named in a spec is imported or opened here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from gate.errors import SpecError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+Dtype = Literal["float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+BackendName = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+KeyPath = tuple[str | int, ...]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every table of the spec: frozen, and a key it does not know is an error."""
+
+
+class AxisRange(_Table):
+    """The sizes a dynamic axis may take; the engine is tuned for `opt`."""
+
+    min: PositiveInt
+    opt: PositiveInt
+    max: PositiveInt
+
+
+class InputSpec(_Table):
+    """One input of the model.
+
+    Args:
+        dtype: Element type.
+        shape: Sizes; a name makes the axis dynamic. The first axis is the batch.
+        axes: The range of each named axis. In the file they stand beside `dtype`: `batch = { min = 1, … }`.
+    """
+
+    dtype: Dtype
+    shape: tuple[str | PositiveInt, ...]
+    axes: dict[str, AxisRange] = {}
+
+    def sized(self, which: Literal["min", "opt", "max"]) -> tuple[int, ...]:
+        """The shape with every dynamic axis at its `min`, `opt` or `max`."""
+        return tuple(size if isinstance(size, int) else getattr(self.axes[size], which) for size in self.shape)
+
+
+class ModelSpec(_Table):
+    """The reference: a PyTorch factory, an ONNX file in FP32, or stored outputs. Exactly one of them.
+
+    Args:
+        id: Names the model in reports, baselines and bundles.
+        factory: `module:function`, imported from the spec's folder or the environment; returns a
+            `torch.nn.Module` in eval mode.
+        onnx: An FP32 ONNX file.
+        outputs: A safetensors or npz file, or a folder made by `gate record`.
+        weights: The files that the factory reads its weights from. Naming them lets a later run reuse the
+            recorded reference without importing PyTorch.
+        output_names: Names of the outputs, in order; left out: the keys of a dict, or `output`, `output_1`, …
+        opset: ONNX opset of the export.
+        exporter: Which of torch's exporters to use, tried in this order.
+        simplify: Run onnxslim over the export, and check its result against the export.
+        metrics: What training reported on this data: `{ top1 = 0.985 }`, or a JSON file of such numbers.
+            A reference that misses it is an error before any engine is judged.
+    """
+
+    id: Name
+    factory: str | None = None
+    onnx: str | None = None
+    outputs: str | None = None
+    weights: tuple[str, ...] | str = ()
+    output_names: tuple[str, ...] = ()
+    opset: Annotated[int, msgspec.Meta(ge=11, le=30)] = 17
+    exporter: tuple[Literal["dynamo", "torchscript"], ...] = ("dynamo", "torchscript")
+    simplify: bool = False
+    metrics: dict[str, float] | str | None = None
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """`weights` as a tuple."""
+        return (self.weights,) if isinstance(self.weights, str) else self.weights
+
+
+class DataSpec(_Table):
+    """Where the samples come from.
+
+    Args:
+        source: `module:function` returning the evaluation samples, or an npz or safetensors file.
+        samples: How many there must be; fewer is an error.
+        calibration: As `source`, for the samples that INT8 is calibrated on. None of them may be among the
+            evaluation samples.
+        calibration_samples: How many of them to use; fewer is an error.
+        batch: How many samples go through reference and engines at a time.
+        seed: Given to a source function that has a parameter named `seed`.
+    """
+
+    source: str
+    samples: PositiveInt
+    calibration: str | None = None
+    calibration_samples: PositiveInt = 128
+    batch: PositiveInt = 64
+    seed: int = 0
+
+
+class TaskSpec(_Table):
+    """What the model is for, so that answers can be compared with labels.
+
+    Args:
+        kind: The task.
+        output: The output that holds the class scores, [N, classes]; left out: the only such output.
+    """
+
+    kind: Literal["classification"]
+    output: str | None = None
+
+
+class ParityLimits(_Table):
+    """Limits on the difference between engine and reference; METHOD of each in docs/findings.md.
+
+    What is left out takes the default of the engine's precision, unless `defaults = false`.
+    """
+
+    max_abs: NonNegative | None = None
+    mean_abs: NonNegative | None = None
+    rel_rmse: NonNegative | None = None
+    cosine_distance: NonNegative | None = None
+    mean_cosine_distance: NonNegative | None = None
+    centered_cosine_distance: NonNegative | None = None
+    sqnr_db_at_least: float | None = None
+    allclose_at_least: Fraction | None = None
+    mismatch_fraction: Fraction | None = None
+    top1_agreement_at_least: Fraction | None = None
+    top5_agreement_at_least: Fraction | None = None
+
+
+class ParitySpec(ParityLimits):
+    """Parity with the reference.
+
+    Args:
+        atol, rtol: Tolerances behind `allclose_at_least`; left out: from the precision and the tensor's scale.
+        defaults: Fill limits that are left out from the precision.
+        outputs: Limits for one output by name, over those for all.
+    """
+
+    atol: NonNegative | None = None
+    rtol: NonNegative | None = None
+    defaults: bool = True
+    outputs: dict[str, ParityLimits] = {}
+
+
+class TaskLimits(_Table):
+    """Limits on the task's own metric against labels. Drops are against the reference, in percentage points.
+
+    With no key at all, `top1_drop_at_most_pp` takes the precision's default.
+    """
+
+    top1_at_least: Fraction | None = None
+    top5_at_least: Fraction | None = None
+    top1_drop_at_most_pp: NonNegative | None = None
+    top5_drop_at_most_pp: NonNegative | None = None
+
+
+class LatencySpec(_Table):
+    """Latency budgets at one batch size, host wall time of one inference.
+
+    Args:
+        batch: Batch size.
+        samples: Inferences to time; left out: as many as the strictest budget needs, and at least 200.
+        max_time_s: Give up measuring after this long; too few samples are INCONCLUSIVE.
+        warm_up_s: Untimed inferences before that.
+        p50_ms, p90_ms, p95_ms, p99_ms: Budgets per inference.
+        throughput_at_least: Samples per second at this batch size.
+    """
+
+    batch: PositiveInt = 1
+    samples: PositiveInt | None = None
+    max_time_s: Positive = 20.0
+    warm_up_s: NonNegative = 0.5
+    p50_ms: Positive | None = None
+    p90_ms: Positive | None = None
+    p95_ms: Positive | None = None
+    p99_ms: Positive | None = None
+    throughput_at_least: Positive | None = None
+
+
+class MemorySpec(_Table):
+    """Budgets for size: the engine's file, and the host memory that loading and running it adds."""
+
+    engine_mib: Positive | None = None
+    host_peak_mib: Positive | None = None
+
+
+class BaselineLimits(_Table):
+    """Limits against the accepted baseline of this engine.
+
+    Args:
+        top1_drop_at_most_pp: Drop of top-1 accuracy, in percentage points, paired sample by sample.
+        rel_rmse_ratio_at_most: Growth of each output's rel_rmse.
+    """
+
+    top1_drop_at_most_pp: NonNegative | None = None
+    rel_rmse_ratio_at_most: Annotated[float, msgspec.Meta(ge=1)] | None = None
+
+
+class MetamorphicSpec(_Table):
+    """Checks that need no reference. All are on unless switched off.
+
+    Args:
+        batch_independence: A sample's answer does not depend on its neighbours or its place in the batch.
+        profile_edges: Every size from the profile's min to max agrees with batch 1.
+        repeatability: The same input twice gives the same output.
+        rel_rmse: The difference allowed; left out: the precision's own rel_rmse limit.
+    """
+
+    batch_independence: bool = True
+    profile_edges: bool = True
+    repeatability: bool = True
+    rel_rmse: NonNegative | None = None
+
+
+class EngineOptions(_Table):
+    """Options of a backend; one that the backend does not have is an error.
+
+    Args:
+        threads: onnxruntime: intra-op threads. Left out: the runtime's choice.
+        optimization: onnxruntime: graph optimisation level.
+        workspace_mib: tensorrt, tensorrt_rtx: workspace memory limit.
+        builder_optimization_level: tensorrt: 0 to 5.
+    """
+
+    threads: PositiveInt | None = None
+    optimization: Literal["disabled", "basic", "extended", "all"] | None = None
+    workspace_mib: PositiveInt | None = None
+    builder_optimization_level: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+
+
+OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": ("threads", "optimization"),
+    "tensorrt_rtx": ("workspace_mib",),
+    "tensorrt": ("workspace_mib", "builder_optimization_level"),
+}
+
+
+class EngineSpec(_Table):
+    """One engine and what is asked of it.
+
+    Args:
+        name: Names it in reports, test ids and baselines.
+        backend: What builds and runs it.
+        precision: What it computes in.
+        evidence: What the checks must rest on: `preflight` compiles only, `host` runs on a CPU, `device` on a GPU.
+            Left out: `host` for onnxruntime, `device` for TensorRT.
+        optional: Where the backend is not installed, list the engine as NOT RUN instead of an error.
+        onnx: An ONNX file that the team exported itself, already in `precision`.
+        plan: An engine file that exists already.
+        outputs: The engine's own name for an output of the reference: `{ logits = "output_0" }`.
+        cast_io: Accept inputs and outputs in another floating dtype than the reference's.
+    """
+
+    name: Name
+    backend: BackendName
+    precision: Precision
+    evidence: Literal["preflight", "host", "device"] | None = None
+    optional: bool = False
+    onnx: str | None = None
+    plan: str | None = None
+    outputs: dict[str, str] = {}
+    cast_io: bool = False
+    options: EngineOptions = EngineOptions()
+    parity: ParitySpec | None = None
+    task: TaskLimits | None = None
+    latency: LatencySpec | None = None
+    memory: MemorySpec | None = None
+    baseline: BaselineLimits | None = None
+    metamorphic: MetamorphicSpec = MetamorphicSpec()
+
+    @property
+    def required_evidence(self) -> Literal["preflight", "host", "device"]:
+        """`evidence`, or the backend's default."""
+        return self.evidence or ("host" if self.backend == "onnxruntime" else "device")
+
+
+class PolicySpec(_Table):
+    """What may be sealed.
+
+    Args:
+        seal_evidence: The least evidence that a sealed engine's verdict rests on.
+    """
+
+    seal_evidence: Literal["preflight", "host", "device"] = "host"
+
+
+class GateSpec(_Table, rename={"engines": "engine"}):
+    """A whole `gate.toml`."""
+
+    schema: Literal[1]
+    model: ModelSpec
+    inputs: dict[str, InputSpec]
+    data: DataSpec
+    engines: tuple[EngineSpec, ...]
+    task: TaskSpec | None = None
+    policy: PolicySpec = PolicySpec()
+
+
+class SpecFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A spec and the file it was read from.
+
+    Args:
+        path: As given by the user.
+        text: Its content.
+        spec: What it says.
+    """
+
+    path: Path
+    text: str
+    spec: GateSpec
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths and `module:function` in the spec start from."""
+        return self.path.resolve().parent
+
+    def engine(self, name: str) -> EngineSpec:
+        """The engine of that name.
+
+        Raises:
+            SpecError: There is none; names the nearest.
+        """
+        names = [engine.name for engine in self.spec.engines]
+        if name not in names:
+            raise SpecError(
+                f"there is no engine {name!r}{_did_you_mean(name, names)}; it has {', '.join(names)}",
+                where=str(self.path),
+            )
+        return self.spec.engines[names.index(name)]
+
+    def location(self, *key: str | int) -> str:
+        """`gate.toml:41` for a key such as `"engine", 2, "parity", "rel_rmse"`; the nearest parent's if absent."""
+        return f"{self.path}:{line_of(self.text, key)}"
+
+    def engine_location(self, engine: str, *key: str) -> str:
+        """As `location`, for a key of the engine with that name."""
+        index = [each.name for each in self.spec.engines].index(engine)
+        return self.location("engine", index, *key)
+
+
+def read_spec(path: Path) -> SpecFile:
+    """Read and check a spec.
+
+    Raises:
+        SpecError: It cannot be read, is not TOML, has an unknown key or a value of the wrong type, contradicts
+            itself, or asks for nothing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(
+            "there is no such file", where=str(path), hint="write one: gate init module:function -o gate.toml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise SpecError(f"cannot be read: {err}", where=str(path)) from err
+    return spec_from_text(text, path=path)
+
+
+def spec_from_text(text: str, *, path: Path) -> SpecFile:
+    """As `read_spec`, for text that is already here. `path` names it in errors.
+
+    Raises:
+        SpecError: As `read_spec`.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        line = re.search(r"line (\d+)", str(err))
+        where = f"{path}:{line.group(1)}" if line else str(path)
+        raise SpecError(f"is not TOML: {err}", where=where) from err
+    try:
+        spec = msgspec.convert(_with_axes(raw), GateSpec)
+    except msgspec.ValidationError as err:
+        raise _spec_error(err, raw=raw, text=text, path=path) from err
+    file = SpecFile(path=path, text=text, spec=spec)
+    for key, message in _contradictions(spec):
+        raise SpecError(message, where=file.location(*key))
+    return file
+
+
+def _with_axes(raw: dict[str, Any]) -> dict[str, Any]:
+    """The raw tables with the named axes of each input gathered under `axes`."""
+    inputs = raw.get("inputs")
+    if not isinstance(inputs, dict):
+        return raw
+    gathered: dict[str, Any] = {}
+    for name, table in inputs.items():
+        if isinstance(table, dict):
+            known = {key: value for key, value in table.items() if key in ("dtype", "shape")}
+            axes = {key: value for key, value in table.items() if key not in known}
+            gathered[name] = {**known, "axes": axes}
+        else:
+            gathered[name] = table
+    return {**raw, "inputs": gathered}
+
+
+def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str, path: Path) -> SpecError:
+    """The decoder's message in the words of the spec: file and line, table, key, the nearest valid name."""
+    message, _, at = str(err).partition(" - at `")
+    key = _key_path(at.rstrip("`"))
+    if key[:1] == ("inputs",) and len(key) > 2 and key[2] == "axes":
+        axis_table = key[:2] + key[3:4]
+        key = axis_table + key[4:]
+    unknown = re.search(r"unknown field `(.*?)`", message)
+    if unknown:
+        name = unknown.group(1)
+        valid = sorted(_valid_keys(key))
+        line = line_of(text, (*key, name))
+        return SpecError(f"{_table(key)} has no key {name!r}{_did_you_mean(name, valid)}", where=f"{path}:{line}")
+    missing = re.search(r"missing required field `(.*?)`", message)
+    if missing:
+        return SpecError(f"{_table(key)} needs {missing.group(1)!r}", where=f"{path}:{line_of(text, key)}")
+    got = _value_at(raw, key)
+    shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
+    enum = re.search(r"Invalid enum value (.*)", message)
+    if enum and key:
+        choices = sorted(str(choice) for choice in _choices(key))
+        message = f"must be one of {', '.join(choices)}"
+        shown += _did_you_mean(str(got), choices)
+    name = ".".join(str(part) for part in key[-1:])
+    return SpecError(f"{_table(key[:-1])} {name}: {message}{shown}", where=f"{path}:{line_of(text, key)}")
+
+
+def _did_you_mean(name: str, valid: list[str]) -> str:
+    """`; did you mean 'x'?`, or the valid names where none is near."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.55)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    starts = [each for each in valid if name.startswith(each)]
+    if starts:
+        return f"; did you mean {max(starts, key=len)!r}?"
+    return f"; it takes {', '.join(valid)}" if valid else ""
+
+
+def _key_path(at: str) -> KeyPath:
+    """`$.engine[0].parity` as `("engine", 0, "parity")`; a dict's key is written `[...]` and left out by msgspec."""
+    parts: list[str | int] = []
+    for name, index in re.findall(r"\.([A-Za-z0-9_]+)|\[(\d+|\.\.\.)\]", at):
+        parts.append(name or (int(index) if index.isdigit() else "..."))
+    return tuple(parts)
+
+
+def _table(key: KeyPath) -> str:
+    """`[engine.parity]` for the key of a table."""
+    names = [str(part) for part in key if isinstance(part, str)]
+    return f"[{'.'.join(names)}]" if names else "the spec"
+
+
+def _type_at(key: KeyPath) -> Any:
+    """The type that the spec has at a key, or None."""
+    from msgspec import inspect as types
+
+    node: Any = types.type_info(GateSpec)
+    for part in key:
+        if isinstance(node, types.UnionType):
+            node = next(
+                (each for each in node.types if not isinstance(each, types.NoneType)),
+                None,
+            )
+        if isinstance(node, types.StructType):
+            node = next((field.type for field in node.fields if field.encode_name == part), None)
+        elif isinstance(node, types.VarTupleType):
+            node = node.item_type
+        elif isinstance(node, types.DictType):
+            node = node.value_type
+        else:
+            return None
+    if isinstance(node, types.UnionType):
+        node = next((each for each in node.types if not isinstance(each, types.NoneType)), None)
+    return node
+
+
+def _valid_keys(key: KeyPath) -> Iterator[str]:
+    """The keys that the table at `key` takes."""
+    node = _type_at(key)
+    for field in getattr(node, "fields", ()):
+        if field.encode_name != "axes":
+            yield field.encode_name
+
+
+def _choices(key: KeyPath) -> tuple[object, ...]:
+    """The literal values that are allowed at a key."""
+    return tuple(getattr(_type_at(key), "values", ()))
+
+
+def _value_at(raw: Any, key: KeyPath) -> Any:
+    """The raw value at a key, or None."""
+    for part in key:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return raw
+
+
+def line_of(text: str, key: KeyPath) -> int:
+    """The line, from 1, on which a key of a TOML text is set; its nearest parent's where it is absent.
+
+    The prefixes of the text are parsed by the TOML parser itself: a key stands in the first line after the
+    longest prefix without it. So strings, inline tables and arrays over several lines need no grammar here.
+    """
+    lines = text.splitlines()
+    depth, line, complete = 0, 1, 0
+    for number in range(1, len(lines) + 1):
+        try:
+            raw: Any = tomllib.loads("\n".join(lines[:number]) + "\n")
+        except tomllib.TOMLDecodeError:
+            continue
+        reached = 0
+        for part in key:
+            try:
+                raw = raw[part]
+            except (KeyError, IndexError, TypeError):
+                break
+            reached += 1
+        if reached > depth:
+            depth, line = reached, complete + 1
+            if depth == len(key):
+                break
+        complete = number
+    return line
+
+
+def _contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
+    """What is well-formed but cannot be meant: the key, and what is wrong with it."""
+    yield from _model_contradictions(spec)
+    yield from _input_contradictions(spec)
+    if not spec.engines:
+        yield ("engine",), "the spec has no [[engine]], so there is nothing to check"
+    names: set[str] = set()
+    for index, engine in enumerate(spec.engines):
+        if engine.name in names:
+            yield ("engine", index, "name"), f"two engines are named {engine.name!r}"
+        names.add(engine.name)
+        yield from (
+            (("engine", index, *key), f"engine {engine.name!r}: {message}")
+            for key, message in _engine_contradictions(spec, engine)
+        )
+
+
+def _model_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
+    model = spec.model
+    kinds = [key for key in ("factory", "onnx", "outputs") if getattr(model, key) is not None]
+    if len(kinds) != 1:
+        yield (
+            ("model", *kinds[-1:]),
+            f"[model] needs exactly one of factory, onnx, outputs; it has {', '.join(kinds) or 'none'}",
+        )
+    if model.factory is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.factory):
+        yield ("model", "factory"), f"[model] factory: expected 'module:function', got {model.factory!r}"
+    if not model.exporter or len(set(model.exporter)) != len(model.exporter):
+        yield ("model", "exporter"), "[model] exporter: name each exporter once, at least one"
+    if len(set(model.output_names)) != len(model.output_names):
+        yield ("model", "output_names"), "[model] output_names: a name stands twice"
+    if model.metrics is not None and spec.task is None:
+        yield ("model", "metrics"), "[model] metrics needs a [task] that measures them"
+    for key in ("source", "calibration"):
+        value = getattr(spec.data, key)
+        if value is not None and not value.endswith((".npz", ".safetensors")) and ":" not in value:
+            yield (
+                ("data", key),
+                f"[data] {key}: expected 'module:function' or an npz or safetensors file, got {value!r}",
+            )
+
+
+def _input_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
+    if not spec.inputs:
+        yield ("inputs",), "the spec has no [inputs.NAME]"
+    seen: dict[str, tuple[str, AxisRange]] = {}
+    for name, each in spec.inputs.items():
+        key = ("inputs", name)
+        named = [size for size in each.shape if isinstance(size, str)]
+        if not each.shape:
+            yield (*key, "shape"), f"[inputs.{name}] shape is empty: the first axis is the batch"
+        if len(set(named)) != len(named):
+            yield (*key, "shape"), f"[inputs.{name}] shape names an axis twice"
+        for axis in named:
+            if axis not in each.axes:
+                yield (
+                    (*key, "shape"),
+                    f"[inputs.{name}] shape has a dynamic axis {axis!r} without a range; "
+                    f"add {axis} = {{ min = 1, opt = 8, max = 32 }}",
+                )
+        for axis, sizes in each.axes.items():
+            if axis not in named:
+                yield (
+                    (*key, axis),
+                    f"[inputs.{name}] has no key {axis!r}, and its shape no such axis"
+                    f"{_did_you_mean(axis, ['dtype', 'shape', *named])}",
+                )
+            if not sizes.min <= sizes.opt <= sizes.max:
+                yield (
+                    (*key, axis),
+                    f"[inputs.{name}] {axis}: needs min <= opt <= max, got {sizes.min}, {sizes.opt}, {sizes.max}",
+                )
+            if axis in seen and seen[axis][1] != sizes:
+                yield (*key, axis), f"[inputs.{name}] {axis} differs from that of [inputs.{seen[axis][0]}]"
+            seen[axis] = (name, sizes)
+    first = [each.shape[0] for each in spec.inputs.values() if each.shape]
+    if len(set(first)) > 1:
+        yield ("inputs",), f"the inputs' first axes differ ({', '.join(map(str, first))}): it is the batch of all"
+
+
+def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple[KeyPath, str]]:
+    if engine.onnx is not None and engine.plan is not None:
+        yield ("plan",), "has both onnx and plan"
+    for key in EngineOptions.__struct_fields__:
+        if getattr(engine.options, key) is not None and key not in OPTIONS_OF[engine.backend]:
+            yield (
+                ("options", key),
+                f"backend {engine.backend!r} has no option {key!r}; it takes {', '.join(OPTIONS_OF[engine.backend])}",
+            )
+    if engine.backend == "onnxruntime" and engine.precision == "tf32":
+        yield ("precision",), "tf32 needs a TensorRT backend"
+    if engine.backend == "onnxruntime" and engine.evidence == "device":
+        yield ("evidence",), "backend 'onnxruntime' runs on the CPU: its evidence is host"
+    if engine.backend != "onnxruntime" and engine.evidence == "host":
+        yield ("evidence",), f"backend {engine.backend!r} runs on a GPU: ask for 'device', or 'preflight' to compile only"
+    checks = {key: getattr(engine, key) for key in ("parity", "task", "latency", "memory", "baseline")}
+    asked = {key: table for key, table in checks.items() if table is not None}
+    if engine.required_evidence == "preflight":
+        for key in asked:
+            if key != "memory":
+                yield (key,), f"evidence 'preflight' compiles and does not run, so it cannot check [engine.{key}]"
+        if engine.memory is not None and engine.memory.host_peak_mib is not None:
+            yield ("memory", "host_peak_mib"), "evidence 'preflight' does not run, so it has no host_peak_mib"
+    elif not asked:
+        yield (
+            (),
+            "has no check: add [engine.parity] (empty takes the precision's defaults), [engine.task], "
+            "[engine.latency], [engine.memory] or [engine.baseline]",
+        )
+    for key in ("latency", "memory"):
+        table = asked.get(key)
+        budgets = [name for name in _BUDGETS[key] if getattr(table, name) is not None] if table else []
+        if table is not None and not budgets:
+            yield (key,), f"[engine.{key}] has no budget; it takes {', '.join(_BUDGETS[key])}"
+    if engine.parity is not None and not engine.parity.defaults:
+        limits = [engine.parity, *engine.parity.outputs.values()]
+        if not any(getattr(each, name) is not None for each in limits for name in ParityLimits.__struct_fields__):
+            yield ("parity", "defaults"), "[engine.parity] has defaults = false and no limit of its own"
+    if engine.task is not None and spec.task is None:
+        yield ("task",), "[engine.task] needs a [task] table that says what the model is for"
+    if (
+        engine.baseline is not None
+        and engine.baseline.top1_drop_at_most_pp is not None
+        and (spec.task is None)
+    ):
+        yield ("baseline", "top1_drop_at_most_pp"), "top1_drop_at_most_pp needs a [task]"
+    if (
+        engine.precision == "int8"
+        and engine.required_evidence != "preflight"
+        and engine.task is None
+        and (engine.parity is None or engine.parity.top1_agreement_at_least is None)
+    ):
+        yield (
+            ("precision",),
+            "int8 is decided by its answers: add [engine.task], or top1_agreement_at_least in [engine.parity]",
+        )
+    if engine.precision == "int8" and engine.onnx is None and engine.plan is None and spec.data.calibration is None:
+        yield ("precision",), "int8 needs calibration samples: add calibration = \"module:function\" to [data]"
+    if engine.onnx is None and engine.plan is None and spec.model.outputs is not None:
+        yield (), "the reference is stored outputs, so the engine needs its own onnx or plan"
+    batch = next(iter(spec.inputs.values())).shape[:1] if spec.inputs else ()
+    if engine.latency is not None and batch and isinstance(batch[0], str):
+        sizes = next(iter(spec.inputs.values())).axes.get(batch[0])
+        if sizes is not None and not sizes.min <= engine.latency.batch <= sizes.max:
+            yield (
+                ("latency", "batch"),
+                f"[engine.latency] batch = {engine.latency.batch} is outside the profile "
+                f"({sizes.min} to {sizes.max})",
+            )
+
+
+_BUDGETS: Mapping[str, tuple[str, ...]] = {
+    "latency": ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_at_least"),
+    "memory": ("engine_mib", "host_peak_mib"),
+}
