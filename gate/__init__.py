@@ -1,0 +1,103 @@
+"""Accuracy-regression and release gate for TensorRT deployments of PyTorch models.
+
+Everything public is here by name and loaded when it is first asked for: `import gate` loads no framework, and no
+part of the gate that is not used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gate.data.samples import Samples
+    from gate.errors import (
+        BackendUnavailable,
+        BaselineError,
+        BuildError,
+        BundleError,
+        DataError,
+        DigestMismatch,
+        ExitCode,
+        ExportError,
+        GateError,
+        IncompatibleEngine,
+        LoweringError,
+        MeasurementError,
+        ReferenceMismatch,
+        RunError,
+        SpecError,
+        VerificationError,
+    )
+    from gate.pipeline import CheckOptions, check
+    from gate.results import CheckRun, EngineResult
+    from gate.spec import GateSpec, SpecFile, read_spec
+    from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "BaselineError",
+    "BuildError",
+    "BundleError",
+    "CheckOptions",
+    "CheckRun",
+    "DataError",
+    "DigestMismatch",
+    "EngineResult",
+    "Evidence",
+    "ExitCode",
+    "ExportError",
+    "Failure",
+    "Finding",
+    "GateError",
+    "GateSpec",
+    "IncompatibleEngine",
+    "Interval",
+    "Limit",
+    "LoweringError",
+    "MeasurementError",
+    "ReferenceMismatch",
+    "RunError",
+    "Samples",
+    "SpecError",
+    "SpecFile",
+    "Status",
+    "Verdict",
+    "VerificationError",
+    "check",
+    "read_spec",
+]
+
+_ELSEWHERE = {
+    "CheckOptions": "gate.pipeline",
+    "CheckRun": "gate.results",
+    "EngineResult": "gate.results",
+    "Evidence": "gate.verdict",
+    "Failure": "gate.verdict",
+    "Finding": "gate.verdict",
+    "GateSpec": "gate.spec",
+    "Interval": "gate.verdict",
+    "Limit": "gate.verdict",
+    "Samples": "gate.data.samples",
+    "SpecFile": "gate.spec",
+    "Status": "gate.verdict",
+    "Verdict": "gate.verdict",
+    "check": "gate.pipeline",
+    "read_spec": "gate.spec",
+}
+"""The module of each public name; one that is not here is an error's, in gate.errors."""
+
+
+def __getattr__(name: str) -> Any:
+    """The public object of that name, imported now and kept (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'gate' has no attribute {name!r}")
+    found = getattr(import_module(_ELSEWHERE.get(name, "gate.errors")), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -420,26 +420,28 @@ def _with_axes(raw: dict[str, Any]) -> dict[str, Any]:
 def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str, path: Path) -> SpecError:
     """The decoder's message in the words of the spec: file and line, table, key, the nearest valid name."""
     message, _, at = str(err).partition(" - at `")
-    key = _key_path(at.rstrip("`"))
+    key = _named_key(_key_path(at.rstrip("`")), raw)
+    typed = key
     if key[:1] == ("inputs",) and len(key) > 2 and key[2] == "axes":
-        axis_table = key[:2] + key[3:4]
-        key = axis_table + key[4:]
+        key = key[:2] + key[3:]
     unknown = re.search(r"unknown field `(.*?)`", message)
     if unknown:
         name = unknown.group(1)
-        valid = sorted(_valid_keys(key))
+        valid = sorted(_valid_keys(typed))
         line = line_of(text, (*key, name))
         return SpecError(f"{_table(key)} has no key {name!r}{_did_you_mean(name, valid)}", where=f"{path}:{line}")
     missing = re.search(r"missing required field `(.*?)`", message)
     if missing:
         return SpecError(f"{_table(key)} needs {missing.group(1)!r}", where=f"{path}:{line_of(text, key)}")
     got = _value_at(raw, key)
+    message = re.sub(r", got `[^`]*`$", "", message).replace(" | null", "").replace("`", "").replace("Expected", "expected")
     shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
-    enum = re.search(r"Invalid enum value (.*)", message)
+    enum = re.search(r"Invalid enum value", message)
     if enum and key:
-        choices = sorted(str(choice) for choice in _choices(key))
+        choices = sorted(str(choice) for choice in _choices(typed))
         message = f"must be one of {', '.join(choices)}"
-        shown += _did_you_mean(str(got), choices)
+        near = difflib.get_close_matches(str(got), choices, n=1, cutoff=0.55)
+        shown += f"; did you mean {near[0]!r}?" if near else ""
     name = ".".join(str(part) for part in key[-1:])
     return SpecError(f"{_table(key[:-1])} {name}: {message}{shown}", where=f"{path}:{line_of(text, key)}")
 
@@ -461,6 +463,26 @@ def _key_path(at: str) -> KeyPath:
     for name, index in re.findall(r"\.([A-Za-z0-9_]+)|\[(\d+|\.\.\.)\]", at):
         parts.append(name or (int(index) if index.isdigit() else "..."))
     return tuple(parts)
+
+
+def _named_key(key: KeyPath, raw: Any) -> KeyPath:
+    """The key with the name of each table that the decoder left out: the first in which the error is found."""
+    if "..." not in key:
+        return key
+    at = key.index("...")
+    owner = _type_at(key[:at])
+    table = _value_at(_with_axes(raw), key[:at])
+    for name, value in table.items() if isinstance(table, dict) else ():
+        try:
+            msgspec.convert({name: value}, dict[str, _python_type(owner)])  # type: ignore[misc]
+        except msgspec.ValidationError:
+            return _named_key((*key[:at], name, *key[at + 1 :]), raw)
+    return key[:at]
+
+
+def _python_type(node: Any) -> Any:
+    """The Python type of the values of a dict node."""
+    return getattr(node.value_type, "cls", object)
 
 
 def _table(key: KeyPath) -> str:

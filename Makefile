@@ -1,0 +1,53 @@
+# Needs make and Python >= 3.10, nothing else. `make PYTHON=/path/to/python3.12 demo` chooses the interpreter.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first that starts, is new enough and can make a virtual environment. 3.11 first: the pins were tried with it.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
+	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
+	&& echo "$$python" && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help demo test check bench clean
+
+help:
+	@echo 'make demo    install and check the example: examples/digits/gate.toml'
+	@echo 'make test    install and run the tests'
+	@echo 'make check   lint, types, workflows and schemas'
+	@echo 'make bench   what the gate itself costs'
+	@echo 'make clean   remove what these made, the virtual environment included'
+
+# One stamp per set of extras, made anew when the project's metadata or the pins change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing trt-gate[$*] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'no Python >= 3.10 that can make a virtual environment; set PYTHON=' >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV)
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/gate check examples/digits/gate.toml --seal dist
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(JOBS) -m 'not gpu'
+
+check: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/zizmor --offline --quiet --persona regular .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --check-metaschema metadata_schema.json
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .gate dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

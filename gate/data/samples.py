@@ -1,0 +1,354 @@
+"""Samples: what reference and engine are run on, read in batches so that memory does not grow with their number.
+
+A source is an npz or safetensors file, or a function `module:function` beside the spec that returns `Samples`, a
+mapping of arrays, or a dataset with `len()` and `[i]` (as PyTorch's map-style datasets) whose items are
+`(input, label)` or a mapping with the input names and, where there are labels, `label`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from gate.errors import DataError
+from gate.spec import InputSpec, SpecFile
+from gate.tensors import Array
+
+LABEL_KEYS = ("label", "labels")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Evaluation or calibration samples that are in memory or memory-mapped.
+
+    Args:
+        inputs: Per input an array [N, ...] in the dtype that the spec declares.
+        labels: int [N] class indices, or None where there is no ground truth.
+    """
+
+    inputs: Mapping[str, Array]
+    labels: Array | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive samples of equal shape.
+
+    Args:
+        first: Index of the first of them in the data set.
+        inputs: Per input an array [n, ...].
+        labels: int64 [n], or None.
+    """
+
+    first: int
+    inputs: dict[str, Array]
+    labels: npt.NDArray[np.int64] | None
+
+    @property
+    def size(self) -> int:
+        """How many samples it holds."""
+        return int(next(iter(self.inputs.values())).shape[0])
+
+
+class SampleSource(Protocol):
+    """Samples that can be gone through more than once, in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, at most `size` at a time, fewer where the shape changes or at the end."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """`Samples` as a source."""
+
+    samples: Samples
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """As `SampleSource.batches`."""
+        labels = self.samples.labels
+        for first in range(0, self.count, size):
+            yield Batch(
+                first=first,
+                inputs={
+                    name: np.ascontiguousarray(values[first : first + size])
+                    for name, values in self.samples.inputs.items()
+                },
+                labels=None if labels is None else np.asarray(labels[first : first + size], dtype=np.int64),
+            )
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A map-style dataset as a source; one sample at a time is asked of it."""
+
+    dataset: Any
+    names: tuple[str, ...]
+    where: str
+    count: int = field(default=0)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """As `SampleSource.batches`."""
+        held: list[tuple[dict[str, Array], object]] = []
+        first = 0
+        for index in range(self.count):
+            item = self._item(index)
+            if held and (len(held) == size or not _same_shapes(held[0][0], item[0])):
+                yield self._stacked(first, held)
+                first, held = index, []
+            held.append(item)
+        if held:
+            yield self._stacked(first, held)
+
+    def _item(self, index: int) -> tuple[dict[str, Array], object]:
+        try:
+            item = self.dataset[index]
+        except Exception as err:
+            raise DataError(f"sample {index} cannot be read: {type(err).__name__}: {err}", where=self.where) from err
+        label: object = None
+        if isinstance(item, Mapping):
+            inputs = {str(key): value for key, value in item.items() if key not in LABEL_KEYS}
+            label = next((item[key] for key in LABEL_KEYS if key in item), None)
+        elif isinstance(item, (tuple, list)) and len(item) == len(self.names) + 1:
+            inputs = dict(zip(self.names, item[:-1], strict=True))
+            label = item[-1]
+        elif len(self.names) == 1 and not isinstance(item, (tuple, list)):
+            inputs = {self.names[0]: item}
+        else:
+            raise DataError(
+                f"sample {index} is a {type(item).__name__}; expected (input, label) or a mapping with "
+                f"{', '.join(map(repr, self.names))}",
+                where=self.where,
+            )
+        return {name: np.asarray(value) for name, value in inputs.items()}, label
+
+    def _stacked(self, first: int, held: list[tuple[dict[str, Array], object]]) -> Batch:
+        names = held[0][0].keys()
+        for offset, (inputs, _) in enumerate(held):
+            if inputs.keys() != names:
+                raise DataError(f"sample {first + offset} has other inputs than sample {first}", where=self.where)
+        labelled = [label is not None for _, label in held]
+        if any(labelled) and not all(labelled):
+            index = first + labelled.index(False)
+            raise DataError(f"sample {index} has no label, others have", where=self.where)
+        labels = np.asarray([_as_label(label, self.where) for _, label in held]) if all(labelled) else None
+        return Batch(
+            first=first,
+            inputs={name: np.stack([inputs[name] for inputs, _ in held]) for name in names},
+            labels=labels,
+        )
+
+
+def _as_label(label: object, where: str) -> np.int64:
+    value = np.asarray(label)
+    if value.size != 1 or value.dtype.kind not in "iu":
+        raise DataError(f"a label must be one integer, got {label!r}", where=where)
+    return np.int64(value.reshape(()).item())
+
+
+def _same_shapes(a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
+
+
+@dataclass(frozen=True)
+class DataDigest:
+    """What samples are, by content.
+
+    Args:
+        samples: sha256 of each sample's inputs, in order, 32 bytes each.
+        inputs_sha256: Of all inputs in order.
+        data_sha256: Of all inputs and labels in order.
+    """
+
+    samples: tuple[bytes, ...]
+    inputs_sha256: str
+    data_sha256: str
+
+
+def open_source(file: SpecFile, source: str, *, needed: int, key: str) -> SampleSource:
+    """The samples that a spec names.
+
+    Args:
+        file: The spec.
+        source: `module:function`, or an npz or safetensors file beside the spec.
+        needed: How many samples there must be.
+        key: Of the spec, for errors: `source` or `calibration`.
+
+    Raises:
+        DataError: It cannot be read, has other inputs than the spec, no samples or too few, or labels of another
+            number.
+        SpecError: There is no such module or function.
+    """
+    where = f"[data] {key} = {source!r}"
+    names = tuple(file.spec.inputs)
+    if source.endswith((".npz", ".safetensors")):
+        value: object = _read_arrays(file.folder / source, where)
+    else:
+        from gate.factory import load_callable
+
+        function = load_callable(source, file.folder, where=where)
+        try:
+            value = _call(function, seed=file.spec.data.seed)
+        except DataError:
+            raise
+        except Exception as err:
+            raise DataError(f"failed: {type(err).__name__}: {err}", where=where) from err
+    found = _as_source(value, names, where)
+    if len(found) == 0:
+        raise DataError(f"gives no samples, [data] asks for {needed}", where=where)
+    if len(found) < needed:
+        raise DataError(
+            f"gives {len(found)} samples, [data] asks for {needed}",
+            where=where,
+            hint="Fewer samples than asked for is never a pass: restore the data, or lower the number in the spec.",
+        )
+    return found
+
+
+def _call(function: Callable[..., object], *, seed: int) -> object:
+    parameters = inspect.signature(function).parameters
+    return function(seed=seed) if "seed" in parameters else function()
+
+
+def _read_arrays(path: Path, where: str) -> dict[str, Array]:
+    if not path.is_file():
+        raise DataError(f"there is no file {path}", where=where)
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        from safetensors.numpy import load_file
+
+        return cast("dict[str, Array]", load_file(path))
+    except Exception as err:
+        raise DataError(f"{path} cannot be read: {err}", where=where) from err
+
+
+def _as_source(value: object, names: tuple[str, ...], where: str) -> SampleSource:
+    if isinstance(value, Mapping):
+        arrays = {str(name): np.asarray(array) for name, array in value.items()}
+        labels = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays and key not in names), None)
+        value = Samples(inputs=arrays, labels=labels)
+    if isinstance(value, Samples):
+        if set(value.inputs) != set(names):
+            raise DataError(
+                f"has inputs {', '.join(map(repr, value.inputs)) or 'none'}, "
+                f"the spec has {', '.join(map(repr, names))}",
+                where=where,
+            )
+        lengths = {name: len(array) for name, array in value.inputs.items()}
+        count = next(iter(lengths.values()))
+        if len(set(lengths.values())) != 1:
+            raise DataError(f"its inputs differ in length: {lengths}", where=where)
+        if value.labels is not None:
+            labels_array = np.asarray(value.labels)
+            if labels_array.ndim != 1 or labels_array.dtype.kind not in "iu":
+                raise DataError(
+                    f"labels must be integers [N], got {labels_array.dtype} {list(labels_array.shape)}", where=where
+                )
+            if len(labels_array) != count:
+                raise DataError(f"has {count} samples but {len(labels_array)} labels", where=where)
+        return ArraySource(value, count)
+    if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
+        return DatasetSource(value, names, where, len(value))
+    raise DataError(
+        f"gave a {type(value).__name__}; expected gate.Samples, a mapping of arrays, or a dataset with len() and [i]",
+        where=where,
+    )
+
+
+def digest_of(source: SampleSource, *, inputs: Mapping[str, InputSpec], batch: int, where: str) -> DataDigest:
+    """Go through all samples once: check each against the spec and digest it.
+
+    Raises:
+        DataError: A sample has another dtype or shape than the spec, or holds a NaN or Inf; or the source gave
+            another number of samples than it said.
+    """
+    ids: list[bytes] = []
+    labels = hashlib.sha256()
+    labelled = 0
+    for each in source.batches(batch):
+        _require_fits(each, inputs, where)
+        rows = {name: np.ascontiguousarray(each.inputs[name]) for name in sorted(each.inputs)}
+        heads = {name: f"{name}:{rows[name].dtype}:{rows[name].shape[1:]}".encode() for name in rows}
+        for row in range(each.size):
+            one = hashlib.sha256()
+            for name, values in rows.items():
+                one.update(heads[name])
+                one.update(values[row].tobytes())
+            ids.append(one.digest())
+        if each.labels is not None:
+            labels.update(each.labels.astype("<i8").tobytes())
+            labelled += each.size
+    if len(ids) != len(source):
+        raise DataError(f"said it has {len(source)} samples and gave {len(ids)}", where=where)
+    if labelled not in (0, len(ids)):
+        raise DataError(f"gave labels for {labelled} of {len(ids)} samples", where=where)
+    inputs_sha256 = hashlib.sha256(b"".join(ids)).hexdigest()
+    data = hashlib.sha256(f"{inputs_sha256}:{labelled}:{labels.hexdigest()}".encode()).hexdigest()
+    return DataDigest(samples=tuple(ids), inputs_sha256=inputs_sha256, data_sha256=data)
+
+
+def _require_fits(batch: Batch, inputs: Mapping[str, InputSpec], where: str) -> None:
+    if batch.inputs.keys() != inputs.keys():
+        raise DataError(
+            f"sample {batch.first} has inputs {sorted(batch.inputs)}, the spec has {sorted(inputs)}", where=where
+        )
+    for name, spec in inputs.items():
+        values = batch.inputs[name]
+        if values.dtype != np.dtype(spec.dtype):
+            raise DataError(f"input {name!r} is {values.dtype}, the spec says {spec.dtype}", where=where)
+        if values.ndim != len(spec.shape):
+            raise DataError(
+                f"input {name!r} has shape {list(values.shape)}, the spec says {list(spec.shape)}", where=where
+            )
+        for axis, (size, allowed) in enumerate(zip(values.shape[1:], spec.shape[1:], strict=True), start=1):
+            if isinstance(allowed, int):
+                fits = size == allowed
+                shown = str(allowed)
+            else:
+                limits = spec.axes[allowed]
+                fits = limits.min <= size <= limits.max
+                shown = f"{allowed} from {limits.min} to {limits.max}"
+            if not fits:
+                raise DataError(
+                    f"input {name!r} has {size} on axis {axis} at sample {batch.first}, the spec says {shown}",
+                    where=where,
+                )
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            row = int(np.argwhere(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0, 0])
+            raise DataError(f"input {name!r} holds a NaN or Inf at sample {batch.first + row}", where=where)
+
+
+def require_disjoint(evaluation: DataDigest, calibration: DataDigest) -> None:
+    """Calibration samples must not be evaluation samples: what is tuned on them says nothing when judged on them.
+
+    Raises:
+        DataError: Some are; names the first pair.
+    """
+    places = {digest: index for index, digest in enumerate(evaluation.samples)}
+    shared = [(index, places[digest]) for index, digest in enumerate(calibration.samples) if digest in places]
+    if shared:
+        mine, theirs = shared[0]
+        raise DataError(
+            f"{len(shared)} of {len(calibration.samples)} calibration samples are evaluation samples "
+            f"(calibration {mine} is evaluation {theirs})",
+            where="[data] calibration",
+            hint="Calibrate on training samples.",
+        )

@@ -1,0 +1,517 @@
+"""The reference: what the engines are compared with, recorded once and read back batch by batch.
+
+A recording is content-addressed. Its key holds the digest of the weights, the code of the factory and of every
+local module that it loaded, the inputs, and the version of PyTorch. Where the spec names the weight files, a later
+run finds the recording without importing PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from gate.atomic import discard
+from gate.data.samples import DataDigest, SampleSource
+from gate.errors import DataError, RunError, SpecError
+from gate.spec import SpecFile
+from gate.tensors import Array
+
+if TYPE_CHECKING:
+    from gate.cache import Cache, Entry
+    from gate.engines.interface import Runner
+
+RECORDING = "recording.json"
+
+
+@dataclass(frozen=True)
+class OutputScale:
+    """What is known of one reference output before any engine is compared with it.
+
+    Args:
+        rms: Root mean square over all its elements; 0.0 for an output that is not floating.
+        center: float64 mean over the samples, per element of a sample; None where samples differ in shape or the
+            output has no batch axis.
+        batch_axis: Whether its first axis is the batch.
+    """
+
+    rms: float
+    center: npt.NDArray[np.float64] | None
+    batch_axis: bool
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What the reference's answers depend on, beside its inputs.
+
+    Args:
+        sha256: Over weights, code, and versions.
+        weights_sha256: Of the weights alone; None for stored outputs.
+        title: For a reader: `torch 2.13.0 fp32`.
+    """
+
+    sha256: str
+    weights_sha256: str | None
+    title: str
+
+
+class ReferenceModel:
+    """The reference model, loaded only when something needs it.
+
+    Args:
+        file: The spec.
+        cache: Where its identity is remembered, so that a later run need not load it to know it.
+    """
+
+    def __init__(self, file: SpecFile, cache: Cache) -> None:
+        self._file = file
+        self._cache = cache
+        self._module: Any = None
+        self._identity: ModelIdentity | None = None
+
+    @property
+    def kind(self) -> str:
+        """`factory`, `onnx` or `outputs`."""
+        model = self._file.spec.model
+        return "factory" if model.factory is not None else "onnx" if model.onnx is not None else "outputs"
+
+    @property
+    def module(self) -> Any:
+        """The `torch.nn.Module` that the factory returns.
+
+        Raises:
+            SpecError: There is no such factory.
+            RunError: The factory failed.
+        """
+        if self._module is None:
+            from gate.factory import load_callable
+
+            factory = self._file.spec.model.factory
+            if factory is None:
+                raise RunError("the reference is no PyTorch factory", where=str(self._file.path))
+            function = load_callable(factory, self._file.folder, where=f"[model] factory = {factory!r}")
+            try:
+                self._module = function()
+            except Exception as err:
+                raise RunError(f"failed: {type(err).__name__}: {err}", where=f"[model] factory = {factory!r}") from err
+        return self._module
+
+    def identity(self) -> ModelIdentity:
+        """What its answers depend on.
+
+        Raises:
+            SpecError: A file that the spec names does not exist.
+            RunError: The factory failed.
+        """
+        if self._identity is None:
+            self._identity = self._find_identity()
+        return self._identity
+
+    def _find_identity(self) -> ModelIdentity:
+        model = self._file.spec.model
+        if model.onnx is not None:
+            digest = onnx_digest(self._existing("onnx", model.onnx))
+            return ModelIdentity(digest, digest, f"onnx fp32 on onnxruntime {_version('onnxruntime')}")
+        if model.outputs is not None:
+            path = self._existing("outputs", model.outputs)
+            digest = file_digest(path / RECORDING if path.is_dir() else path)
+            return ModelIdentity(digest, None, "stored outputs")
+        declared = {name: file_digest(self._existing("weights", name)) for name in model.weight_files}
+        torch_version = _version("torch")
+        title = f"torch {torch_version} fp32"
+        key = self._cache.entry_key(
+            factory=model.factory,
+            folder=str(self._file.folder),
+            weights=declared,
+            torch=torch_version,
+            environment=_environment_digest(),
+        )
+        if declared:
+            entry = self._cache.get("model", key)
+            if entry is not None:
+                if self._unchanged(entry.meta["depends"]):
+                    return ModelIdentity(entry.meta["identity"], entry.meta["weights_sha256"], title)
+                discard(entry.folder)
+        from gate.factory import local_sources, state_digest
+
+        weights = state_digest(self.module)
+        depends = {self._relative(path): file_digest(path) for path in local_sources()}
+        identity = hashlib.sha256(
+            json.dumps([weights, declared, sorted(depends.items()), torch_version], sort_keys=True).encode()
+        ).hexdigest()
+        if declared:
+            meta = {"identity": identity, "weights_sha256": weights, "depends": depends}
+            self._cache.put("model", key, lambda folder: _write_identity(folder, identity), meta)
+        return ModelIdentity(identity, weights, title)
+
+    def _relative(self, path: Path) -> str:
+        return os.path.relpath(path, self._file.folder)
+
+    def _unchanged(self, depends: Mapping[str, str]) -> bool:
+        for name, digest in depends.items():
+            path = self._file.folder / name
+            if not path.is_file() or file_digest(path) != digest:
+                return False
+        return True
+
+    def _existing(self, key: str, name: str) -> Path:
+        path = self._file.folder / name
+        if not path.exists():
+            raise SpecError(f"[model] {key}: there is no {path}", where=self._file.location("model", key))
+        return path
+
+    def runner(self) -> Runner:
+        """The reference, ready to run.
+
+        Raises:
+            RunError: It cannot be loaded.
+        """
+        model = self._file.spec.model
+        if model.onnx is not None:
+            from gate.engines.onnxruntime import reference_runner
+
+            return reference_runner(self._existing("onnx", model.onnx), spec=self._file.spec)
+        from gate.engines.torch import TorchRunner
+
+        return TorchRunner(self.module, spec=self._file.spec)
+
+
+def _write_identity(folder: Path, identity: str) -> None:
+    (folder / "identity").write_text(identity + "\n", encoding="ascii")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Recorded outputs of the reference.
+
+    Args:
+        folder: Holds one safetensors file a batch.
+        files: Their names, in order.
+        firsts: Index of the first sample of each.
+        outputs: Scales by output name, in the model's order.
+        sha256: Its key.
+        reused: Whether it came from the cache.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    firsts: tuple[int, ...]
+    outputs: Mapping[str, OutputScale]
+    sha256: str
+    reused: bool
+
+    def batches(self) -> Iterator[dict[str, Array]]:
+        """The outputs of each batch, in order."""
+        from safetensors.numpy import load_file
+
+        for name in self.files:
+            yield cast("dict[str, Array]", load_file(self.folder / name))
+
+
+class _ScaleSum:
+    """Running sums for one output's `OutputScale`."""
+
+    def __init__(self) -> None:
+        self.square = 0.0
+        self.elements = 0
+        self.samples = 0
+        self.total: npt.NDArray[np.float64] | None = None
+        self.uniform = True
+        self.batch_axis = True
+
+    def add(self, values: Array, size: int) -> None:
+        self.batch_axis = self.batch_axis and values.ndim > 0 and values.shape[0] == size
+        if values.dtype.kind != "f":
+            return
+        wide = values.astype(np.float64)
+        self.square += float(np.square(wide).sum())
+        self.elements += wide.size
+        if not self.batch_axis:
+            self.uniform = False
+        if not self.uniform:
+            return
+        total = wide.sum(axis=0)
+        if self.total is None:
+            self.total = total
+        elif self.total.shape == total.shape:
+            self.total = self.total + total
+        else:
+            self.uniform = False
+        self.samples += size
+
+    def meta(self) -> dict[str, Any]:
+        center = None
+        if self.uniform and self.total is not None and self.samples:
+            center = (self.total / self.samples).ravel().tolist()
+        rms = (self.square / self.elements) ** 0.5 if self.elements else 0.0
+        shape = list(self.total.shape) if center is not None and self.total is not None else None
+        return {"rms": rms, "center": center, "shape": shape, "batch_axis": self.batch_axis}
+
+
+def record(
+    model: ReferenceModel,
+    *,
+    file: SpecFile,
+    source: SampleSource,
+    digest: DataDigest,
+    cache: Cache,
+    advance: Callable[[], None],
+) -> Recording:
+    """The recorded reference for these samples: from the cache, or run now.
+
+    Raises:
+        RunError: The reference failed, gave a NaN or Inf, or its outputs do not fit the spec.
+        DataError: Stored outputs are of another number of samples.
+    """
+    identity = model.identity()
+    batch = batch_size(file)
+    key = cache.entry_key(
+        model=identity.sha256,
+        inputs=digest.inputs_sha256,
+        batch=batch,
+        outputs=list(file.spec.model.output_names),
+        runtime=identity.title,
+    )
+    entry = cache.get("reference", key)
+    if entry is not None:
+        return _recording(entry.folder, entry.meta, reused=True, sha256=key)
+    meta: dict[str, Any] = {}
+
+    def make(folder: Path) -> None:
+        outputs = _stored_batches(file, source, batch) if model.kind == "outputs" else _run_batches(model, source, batch)
+        meta.update(_write_batches(outputs, folder, advance))
+        meta["samples"] = len(source)
+        meta["inputs_sha256"] = digest.inputs_sha256
+        meta["model_sha256"] = identity.sha256
+        meta["weights_sha256"] = identity.weights_sha256
+        meta["title"] = identity.title
+
+    entry = cache.put("reference", key, make, meta)
+    return _recording(entry.folder, entry.meta, reused=False, sha256=key)
+
+
+def batch_size(file: SpecFile) -> int:
+    """How many samples go through at a time: `[data] batch`, within what the first axis allows."""
+    first = next(iter(file.spec.inputs.values()))
+    axis = first.shape[0]
+    return axis if isinstance(axis, int) else max(1, min(file.spec.data.batch, first.axes[axis].max))
+
+
+def _run_batches(
+    model: ReferenceModel, source: SampleSource, batch: int
+) -> Iterator[tuple[int, int, dict[str, Array]]]:
+    with model.runner() as runner:
+        for each in source.batches(batch):
+            yield each.first, each.size, runner.run(each.inputs)
+
+
+def _stored_batches(
+    file: SpecFile, source: SampleSource, batch: int
+) -> Iterator[tuple[int, int, dict[str, Array]]]:
+    name = str(file.spec.model.outputs)
+    path = file.folder / name
+    where = f"[model] outputs = {name!r}"
+    if path.is_dir():
+        raise SpecError(f"{path} is a folder; give it with --reference, or name a safetensors or npz file", where=where)
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {key: stored[key] for key in stored.files}
+        else:
+            from safetensors.numpy import load_file
+
+            arrays = load_file(path)
+    except Exception as err:
+        raise DataError(f"{path} cannot be read: {err}", where=where) from err
+    if not arrays:
+        raise DataError(f"{path} holds no outputs", where=where)
+    for key, values in arrays.items():
+        if values.ndim == 0 or len(values) != len(source):
+            raise DataError(f"output {key!r} has shape {list(values.shape)}, there are {len(source)} samples", where=where)
+    for each in source.batches(batch):
+        yield each.first, each.size, {key: values[each.first : each.first + each.size] for key, values in arrays.items()}
+
+
+def _write_batches(
+    outputs: Iterator[tuple[int, int, dict[str, Array]]], folder: Path, advance: Callable[[], None]
+) -> dict[str, Any]:
+    from safetensors.numpy import save_file
+
+    files: list[str] = []
+    firsts: list[int] = []
+    sums: dict[str, _ScaleSum] = {}
+    for first, size, arrays in outputs:
+        if sums and arrays.keys() != sums.keys():
+            raise RunError(f"the reference gave outputs {sorted(arrays)} at sample {first}, before {sorted(sums)}")
+        for name, values in arrays.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise RunError(
+                    f"the reference itself gives NaN or Inf in output {name!r} in samples {first} to {first + size - 1}",
+                    hint="No engine can be judged by it. Look at the weights and the inputs.",
+                )
+            sums.setdefault(name, _ScaleSum()).add(values, size)
+        files.append(f"batch-{len(files):05d}.safetensors")
+        firsts.append(first)
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, folder / files[-1])
+        advance()
+    if not sums:
+        raise RunError("the reference gave no outputs")
+    return {
+        "files": files,
+        "firsts": firsts,
+        "names": list(sums),
+        "outputs": {name: each.meta() for name, each in sums.items()},
+    }
+
+
+def _recording(folder: Path, meta: Mapping[str, Any], *, reused: bool, sha256: str) -> Recording:
+    outputs: dict[str, OutputScale] = {}
+    for name in meta["names"]:
+        raw = meta["outputs"][name]
+        center = None if raw["center"] is None else np.asarray(raw["center"], dtype=np.float64).reshape(raw["shape"])
+        outputs[name] = OutputScale(rms=float(raw["rms"]), center=center, batch_axis=bool(raw["batch_axis"]))
+    return Recording(
+        folder=folder,
+        files=tuple(meta["files"]),
+        firsts=tuple(meta["firsts"]),
+        outputs=outputs,
+        sha256=sha256,
+        reused=reused,
+    )
+
+
+def read_recording(folder: Path, *, file: SpecFile, digest: DataDigest) -> tuple[Recording, ModelIdentity]:
+    """A recording made by `gate record`, for a host without PyTorch.
+
+    Raises:
+        DataError: It is incomplete, its bytes changed, or it was recorded for other samples.
+    """
+    where = str(folder / RECORDING)
+    try:
+        raw = json.loads((folder / RECORDING).read_bytes())
+        meta, digests = raw["meta"], raw["files"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise DataError(f"is no recording: {err}", where=where, hint="make one: gate record gate.toml -o DIR") from err
+    for name, expected in digests.items():
+        path = folder / name
+        if not path.is_file() or file_digest(path) != expected:
+            raise DataError(f"{name} is missing or its digest differs from the recorded one", where=where)
+    if set(meta["files"]) - set(digests):
+        raise DataError("lists batches without a digest", where=where)
+    if meta["inputs_sha256"] != digest.inputs_sha256:
+        raise DataError(
+            f"was recorded for other samples ({meta['inputs_sha256'][:12]}…, here are {digest.inputs_sha256[:12]}…)",
+            where=where,
+        )
+    if meta["spec_model"] != _model_fields(file):
+        raise DataError("was recorded for another [model] than the spec's", where=where)
+    recording = _recording(folder, meta, reused=True, sha256=raw["key"])
+    return recording, ModelIdentity(meta["model_sha256"], meta["weights_sha256"], meta["title"])
+
+
+def write_recording(
+    entry: Recording, folder: Path, *, file: SpecFile, identity: ModelIdentity, digest: DataDigest, onnx: Path
+) -> None:
+    """Write a recording and the exported ONNX into a folder that exists and is empty.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    names = [*entry.files]
+    for name in names:
+        (folder / name).write_bytes((entry.folder / name).read_bytes())
+    for path in sorted(onnx.parent.iterdir()):
+        if path.name != "entry.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+            names.append(path.name)
+    meta = {
+        "files": list(entry.files),
+        "firsts": list(entry.firsts),
+        "names": list(entry.outputs),
+        "outputs": {
+            name: {
+                "rms": scale.rms,
+                "center": None if scale.center is None else scale.center.ravel().tolist(),
+                "shape": None if scale.center is None else list(scale.center.shape),
+                "batch_axis": scale.batch_axis,
+            }
+            for name, scale in entry.outputs.items()
+        },
+        "inputs_sha256": digest.inputs_sha256,
+        "model_sha256": identity.sha256,
+        "weights_sha256": identity.weights_sha256,
+        "title": identity.title,
+        "spec_model": _model_fields(file),
+        "onnx": onnx.name,
+    }
+    raw = {"key": entry.sha256, "meta": meta, "files": {name: file_digest(folder / name) for name in names}}
+    (folder / RECORDING).write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _model_fields(file: SpecFile) -> dict[str, Any]:
+    model = file.spec.model
+    return {"id": model.id, "factory": model.factory, "onnx": model.onnx, "output_names": list(model.output_names)}
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def onnx_digest(path: Path) -> str:
+    """sha256 of an ONNX file and of the external data beside it.
+
+    Raises:
+        DataError: It is no ONNX file, or its external data is missing or outside its folder.
+    """
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    digest = hashlib.sha256(file_digest(path).encode())
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except Exception as err:
+        raise DataError(f"is no ONNX file: {err}", where=str(path)) from err
+    locations = {
+        entry.value
+        for tensor in graph.graph.initializer
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for location in sorted(locations):
+        beside = path.parent / location
+        if not beside.resolve().is_relative_to(path.parent.resolve()) or not beside.is_file():
+            raise DataError(f"its external data {location!r} is missing or outside its folder", where=str(path))
+        digest.update(f"{location}:{file_digest(beside)}".encode())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _environment_digest() -> str:
+    """Names and versions of everything installed, from the folder names alone."""
+    names: set[str] = set()
+    for key in ("purelib", "platlib"):
+        folder = Path(sysconfig.get_path(key))
+        if folder.is_dir():
+            names.update(each.name for each in folder.iterdir() if each.name.endswith((".dist-info", ".egg-info")))
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()

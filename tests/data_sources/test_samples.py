@@ -1,0 +1,153 @@
+"""Samples: read in batches, checked against the spec, digested, kept apart from calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gate.data.samples import Samples, digest_of, open_source, require_disjoint
+from gate.errors import DataError
+from gate.spec import InputSpec, SpecFile, spec_from_text
+
+SPEC = """schema = 1
+[model]
+id = "m"
+factory = "model:load"
+[inputs.x]
+dtype = "float32"
+shape = ["batch", 4]
+batch = { min = 1, opt = 4, max = 8 }
+[data]
+source = "data:evaluation"
+samples = 6
+[[engine]]
+name = "a"
+backend = "onnxruntime"
+precision = "fp32"
+  [engine.parity]
+"""
+
+INPUTS = {"x": InputSpec(dtype="float32", shape=("batch", 4), axes={})}
+
+
+def spec_in(folder: Path, code: str) -> SpecFile:
+    (folder / "data.py").write_text("import numpy as np\nfrom gate import Samples\n" + code)
+    return spec_from_text(SPEC, path=folder / "gate.toml")
+
+
+def opened(folder: Path, code: str, needed: int = 6):
+    return open_source(spec_in(folder, code), "data:evaluation", needed=needed, key="source")
+
+
+def test_samples_a_mapping_and_a_dataset_give_the_same_digest(tmp_path: Path) -> None:
+    codes = [
+        "def evaluation(): return Samples({'x': np.arange(24, dtype='f4').reshape(6, 4)}, np.arange(6))",
+        "def evaluation(): return {'x': np.arange(24, dtype='f4').reshape(6, 4), 'label': np.arange(6)}",
+        """class D:
+    def __len__(self): return 6
+    def __getitem__(self, i): return np.arange(4 * i, 4 * i + 4, dtype='f4'), i
+def evaluation(): return D()""",
+        """class D:
+    def __len__(self): return 6
+    def __getitem__(self, i): return {'x': np.arange(4 * i, 4 * i + 4, dtype='f4'), 'label': np.int64(i)}
+def evaluation(): return D()""",
+    ]
+    digests = set()
+    for index, code in enumerate(codes):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        digests.add(digest_of(opened(folder, code), inputs=INPUTS, batch=4, where="here").data_sha256)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def evaluation(): return Samples({'x': np.zeros((0, 4), 'f4')})", "gives no samples"),
+        ("def evaluation(): return Samples({'x': np.zeros((5, 4), 'f4')})", "gives 5 samples, \\[data\\] asks for 6"),
+        ("def evaluation(): return Samples({'x': np.zeros((6, 4), 'f4')}, np.zeros(5, int))", "6 samples but 5 labels"),
+        ("def evaluation(): return Samples({'y': np.zeros((6, 4), 'f4')})", "has inputs 'y', the spec has 'x'"),
+        ("def evaluation(): return Samples({'x': np.zeros((6, 4), 'f4')}, np.zeros(6))", "labels must be integers"),
+        ("def evaluation(): return 3", "gave a int"),
+        ("def evaluation(): raise ValueError('no disk')", "ValueError: no disk"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_an_error(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path, code)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("np.zeros((6, 4), 'f8')", "is float64, the spec says float32"),
+        ("np.zeros((6, 5), 'f4')", "has 5 on axis 1"),
+        ("np.zeros((6, 4, 1), 'f4')", "has shape"),
+        ("np.full((6, 4), np.nan, 'f4')", "NaN or Inf at sample 0"),
+        ("np.where(np.arange(24).reshape(6, 4) == 21, np.inf, 0).astype('f4')", "NaN or Inf at sample 5"),
+    ],
+)
+def test_a_sample_that_does_not_fit_the_spec_is_an_error(tmp_path: Path, code: str, message: str) -> None:
+    source = opened(tmp_path, f"def evaluation(): return Samples({{'x': {code}}})")
+    with pytest.raises(DataError, match=message):
+        digest_of(source, inputs=INPUTS, batch=4, where="here")
+
+
+def test_a_dataset_that_breaks_in_the_middle_names_the_sample(tmp_path: Path) -> None:
+    code = """class D:
+    def __len__(self): return 6
+    def __getitem__(self, i): return np.zeros(4, 'f4') if i < 3 else open('/nowhere')
+def evaluation(): return D()"""
+    with pytest.raises(DataError, match="sample 3 cannot be read: FileNotFoundError"):
+        digest_of(opened(tmp_path, code), inputs=INPUTS, batch=4, where="here")
+
+
+def test_a_dataset_with_labels_for_some_is_an_error(tmp_path: Path) -> None:
+    code = """class D:
+    def __len__(self): return 6
+    def __getitem__(self, i): return {'x': np.zeros(4, 'f4'), **({'label': 1} if i != 4 else {})}
+def evaluation(): return D()"""
+    with pytest.raises(DataError, match="sample 4 has no label"):
+        digest_of(opened(tmp_path, code), inputs=INPUTS, batch=6, where="here")
+
+
+def test_npz_and_safetensors_files_are_read_and_pickles_are_not(tmp_path: Path) -> None:
+    file = spec_in(tmp_path, "")
+    values = {"x": np.ones((6, 4), np.float32), "label": np.arange(6)}
+    np.savez(tmp_path / "a.npz", **values)
+    assert len(open_source(file, "a.npz", needed=6, key="source")) == 6
+    np.savez(tmp_path / "b.npz", x=np.array([{}], dtype=object))
+    with pytest.raises(DataError, match="cannot be read"):
+        open_source(file, "b.npz", needed=6, key="source")
+    (tmp_path / "c.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(DataError, match="cannot be read"):
+        open_source(file, "c.safetensors", needed=6, key="source")
+    with pytest.raises(DataError, match="there is no file"):
+        open_source(file, "d.npz", needed=6, key="source")
+
+
+@given(batch=st.integers(1, 9), shift=st.integers(0, 5))
+def test_the_digest_depends_on_content_and_order_and_not_on_the_batch(batch: int, shift: int) -> None:
+    from gate.data.samples import ArraySource
+
+    values = np.arange(24, dtype=np.float32).reshape(6, 4)
+    one = digest_of(ArraySource(Samples({"x": values}), 6), inputs=INPUTS, batch=6, where="")
+    other = digest_of(ArraySource(Samples({"x": np.roll(values, shift, axis=0)}), 6), inputs=INPUTS, batch=batch, where="")
+    assert (one.data_sha256 == other.data_sha256) == (shift == 0)
+    assert sorted(one.samples) == sorted(other.samples)
+
+
+def test_one_shared_sample_is_enough_to_refuse_a_calibration_set() -> None:
+    from gate.data.samples import ArraySource
+
+    values = np.arange(48, dtype=np.float32).reshape(12, 4)
+    evaluation = digest_of(ArraySource(Samples({"x": values[:6]}), 6), inputs=INPUTS, batch=6, where="")
+    apart = digest_of(ArraySource(Samples({"x": values[6:]}), 6), inputs=INPUTS, batch=6, where="")
+    shared = digest_of(ArraySource(Samples({"x": values[5:]}), 7), inputs=INPUTS, batch=6, where="")
+    require_disjoint(evaluation, apart)
+    with pytest.raises(DataError, match=r"1 of 7 calibration samples are evaluation samples \(calibration 0 is evaluation 5\)"):
+        require_disjoint(evaluation, shared)
