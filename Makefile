@@ -1,6 +1,4 @@
 # Needs make and Python >= 3.10, nothing else. `make PYTHON=/path/to/python3.12 demo` chooses the interpreter.
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 

@@ -8,11 +8,12 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from gate.errors import GateError, SpecError
 _OWN_FOLDER = Path(__file__).resolve().parent
 _MODULES_OF: dict[Path, dict[str, ModuleType]] = {}
 _TRACE_LINES = 6
+_LOADED = "__gate_loaded__"
 
 
 def load_callable(
@@ -96,27 +98,57 @@ def failure_of(err: BaseException, *, where: str, error: type[GateError], doing:
     return error(f"{doing} failed with {type(err).__name__}: {err}\n{shown}", where=where)
 
 
-def local_sources() -> tuple[Path, ...]:
-    """Files of the loaded modules that are the user's own: not the standard library, not installed, not the gate.
+def local_sources(name: str, folder: Path, model: object, *, apart: Sequence[str] = ()) -> tuple[Path, ...]:
+    """Files of the user's own code that a model depends on: not the standard library, not installed, not the gate.
 
-    Read it after the factory ran: what it imported by then is what its answers depend on.
+    Found by following what the factory's module and the model's classes refer to, from module to module, and by
+    every other module that was loaded from the spec's folder by now. So the answer does not depend on what else this
+    process has loaded. A local module outside the folder that is only imported inside a function is not seen.
+
+    Args:
+        name: `module:function` of the factory.
+        folder: The spec's folder.
+        model: What the factory returned.
+        apart: Modules of the folder that the model does not depend on unless it imports them: those of the data.
     """
-    outside = _installed_folders()
-    modules = [
-        module
-        for name, module in list(sys.modules.items())
-        if name not in ("__main__", "__mp_main__") and isinstance(module, ModuleType)
-    ]
-    modules += [module for own in _MODULES_OF.values() for module in own.values()]
+    folder = folder.resolve()
+    own = _MODULES_OF.get(folder, {})
+    factory = name.partition(":")[0]
+    stack: list[ModuleType] = [module for key, module in own.items() if key not in apart or key == factory]
+    if factory not in own and factory in sys.modules:
+        stack.append(sys.modules[factory])
+    layers = model.modules() if callable(getattr(model, "modules", None)) else ()  # type: ignore[attr-defined]
+    for layer in (model, *layers):
+        stack.extend(each for cls in type(layer).__mro__ if (each := _module_of(cls, own)) is not None)
     found: set[Path] = set()
-    for module in modules:
-        file = getattr(module, "__file__", None)
-        if not isinstance(file, str):
+    while stack:
+        module = stack.pop()
+        path = _local_file(module)
+        if path is None or path in found:
             continue
-        path = Path(file).resolve()
-        if path.is_file() and not any(path.is_relative_to(folder) for folder in outside):
-            found.add(path)
+        found.add(path)
+        for value in list(vars(module).values()):
+            other = value if isinstance(value, ModuleType) else _module_of(value, own)
+            if other is not None:
+                stack.append(other)
     return tuple(sorted(found))
+
+
+def _module_of(value: object, own: Mapping[str, ModuleType]) -> ModuleType | None:
+    """The module that defines a class or function, or an instance's class."""
+    name = getattr(value, "__module__", None)
+    if not isinstance(name, str):
+        return None
+    return own.get(name) or sys.modules.get(name)
+
+
+def _local_file(module: ModuleType) -> Path | None:
+    """The module's file if it is the user's own."""
+    file = getattr(module, "__file__", None)
+    if not isinstance(file, str) or not file.endswith(".py"):
+        return None
+    path = Path(file).resolve()
+    return path if path.is_file() and not any(path.is_relative_to(each) for each in _installed_folders()) else None
 
 
 def state_digest(module: Any) -> str:
@@ -194,6 +226,11 @@ def _from_environment(name: str) -> ModuleType:
 def _imports_from(folder: Path) -> Iterator[None]:
     """Imports find the folder first; modules of the same names from elsewhere are set aside meanwhile."""
     own = _MODULES_OF.setdefault(folder, {})
+    if any(_changed(module) for module in own.values()):
+        for name, module in own.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+        own.clear()
     tops = set(_modules_in(folder))
     aside: dict[str, ModuleType] = {}
     for name, module in list(sys.modules.items()):
@@ -211,8 +248,22 @@ def _imports_from(folder: Path) -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] in tops and _is_inside(module, folder):
                 own[name] = module
+                vars(module).setdefault(_LOADED, _stamp(module))
         for name, module in aside.items():
             sys.modules[name] = module
+
+
+def _stamp(module: ModuleType) -> tuple[int, int] | None:
+    """Change time and size of a module's file."""
+    file = getattr(module, "__file__", None)
+    if not isinstance(file, str) or not os.path.exists(file):
+        return None
+    status = os.stat(file)
+    return status.st_mtime_ns, status.st_size
+
+
+def _changed(module: ModuleType) -> bool:
+    return vars(module).get(_LOADED) != _stamp(module)
 
 
 def _is_inside(module: ModuleType, folder: Path) -> bool:

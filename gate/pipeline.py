@@ -21,12 +21,14 @@ from gate.manifest import sha256_hex
 from gate.metamorphic import applicable_checks, metamorphic_findings
 from gate.reference import (
     ModelIdentity,
+    RecordedGraph,
     Recording,
     ReferenceModel,
     batch_size,
     file_digest,
     onnx_digest,
     read_recording,
+    recorded_graph,
     record as record_reference,
     write_recording,
 )
@@ -400,11 +402,8 @@ def _export(run: _Context) -> _Exported:
     """The FP32 ONNX of the reference: the team's own file, a recording's, or the gate's export from PyTorch."""
     spec, file = run.spec, run.file
     if run.options.reference is not None:
-        import json
-
-        name = json.loads((run.options.reference / "recording.json").read_bytes())["meta"]["onnx"]
-        path = run.options.reference / name
-        return _Exported(path, onnx_digest(path), _opset(path), reused=True)
+        graph = recorded_graph(run.options.reference, "fp32")
+        return _Exported(graph.path, onnx_digest(graph.path), graph.opset, reused=True)
     if spec.model.onnx is not None:
         path = file.folder / spec.model.onnx
         return _Exported(path, onnx_digest(path), _opset(path), reused=False)
@@ -564,8 +563,6 @@ def _failure(check: str, err: GateError, evidence: Evidence) -> Failure:
 
 def _make_engine(run: _Context, engine: EngineSpec, backend: Backend) -> _Made:
     """The engine's file: lowered and built, or the team's own."""
-    from gate.cache import Entry
-
     if engine.plan is not None:
         path = run.file.folder / engine.plan
         _require_file(path, run, engine, "plan")
@@ -582,12 +579,11 @@ def _make_engine(run: _Context, engine: EngineSpec, backend: Backend) -> _Made:
         exported = run.exported()
         if exported.reused:
             reused.append("export")
-        lowered, calibration_sha256, was_there = _lower(run, engine, exported)
-        if was_there:
+        lowered = _lower(run, engine.precision, exported)
+        if lowered.reused:
             reused.append("lowered")
-        lowered_path, lowered_sha256 = lowered.path("model.onnx"), lowered.sha256("model.onnx")
-        opset = int(lowered.meta["opset"])
-        notes = tuple(lowered.meta.get("notes", ()))
+        lowered_path, lowered_sha256, opset = lowered.path, lowered.sha256, lowered.opset
+        calibration_sha256, notes = lowered.calibration_sha256, lowered.notes
     with run.stage("build", engine=engine.name):
         key = run.cache.entry_key(
             lowered=lowered_sha256,
@@ -652,37 +648,61 @@ def backend_record_of_plan(backend: Backend, engine: EngineSpec, run: _Context) 
     )
 
 
-def _lower(run: _Context, engine: EngineSpec, exported: _Exported) -> tuple[Entry, str | None, bool]:
-    """The exported graph in the engine's precision."""
+@dataclass(frozen=True)
+class _Lowered:
+    """The exported graph in an engine's precision."""
+
+    path: Path
+    sha256: str
+    opset: int
+    calibration_sha256: str | None
+    reused: bool
+    notes: tuple[str, ...] = ()
+
+
+def _lower(run: _Context, precision: str, exported: _Exported) -> _Lowered:
+    """The exported graph in a precision: from the recording, from the cache, or made now."""
+    if run.options.reference is not None:
+        graph = recorded_graph(run.options.reference, precision)
+        return _Lowered(graph.path, onnx_digest(graph.path), graph.opset, graph.calibration_sha256, reused=True)
     from gate.lower import lower, tool_version
 
     calibration_sha256: str | None = None
-    with run.stage("lower", engine=engine.name):
-        calibrated = engine.precision == "int8"
+    with run.stage("lower", engine=precision):
+        calibrated = precision == "int8"
         if calibrated:
             calibration_sha256 = run.calibration()[1].inputs_sha256
         key = run.cache.entry_key(
             onnx=exported.sha256,
-            precision=engine.precision,
+            precision=precision,
             calibration=calibration_sha256,
             batch=batch_size(run.file) if calibrated else None,
-            tool=tool_version(engine.precision),
+            tool=tool_version(precision),
         )
         entry = run.cache.get("lowered", key)
-        if entry is not None:
-            return entry, calibration_sha256, True
-        meta: dict[str, object] = {}
+        reused = entry is not None
+        if entry is None:
+            meta: dict[str, object] = {}
 
-        def make(folder: Path) -> None:
-            batches = (
-                (batch.inputs for batch in run.calibration()[0].batches(batch_size(run.file))) if calibrated else None
-            )
-            path = folder / "model.onnx"
-            record = lower(exported.path, precision=engine.precision, out=path, calibration=batches)
-            meta.update(msgspec.to_builtins(record))
-            meta["opset"] = _opset(path)
+            def make(folder: Path) -> None:
+                batches = (
+                    (batch.inputs for batch in run.calibration()[0].batches(batch_size(run.file)))
+                    if calibrated
+                    else None
+                )
+                path = folder / "model.onnx"
+                record = lower(exported.path, precision=precision, out=path, calibration=batches)
+                meta.update(msgspec.to_builtins(record))
+                meta["opset"] = _opset(path)
 
-        return run.cache.put("lowered", key, make, meta), calibration_sha256, False
+            entry = run.cache.put("lowered", key, make, meta)
+    return _Lowered(
+        path=entry.path("model.onnx"),
+        sha256=entry.sha256("model.onnx"),
+        opset=int(entry.meta["opset"]),
+        calibration_sha256=calibration_sha256,
+        reused=reused,
+    )
 
 
 def _build_findings(
@@ -717,7 +737,7 @@ def _run_engine(
     findings: list[Finding | Failure],
 ) -> EngineResult:
     """Everything that needs the engine to run; findings are appended as they are made, so that none is lost."""
-    from gate.device import host_peak
+    from gate.memory import host_peak
 
     with host_peak() as peak:
         compared = _compare(run, engine, runner, evidence, findings)
@@ -851,7 +871,9 @@ def run_batch(runner: Runner, batch: Batch, *, engine: EngineSpec, run: _Context
     if batch.size < least:
         rows = np.minimum(np.arange(least), batch.size - 1)
         feed = {name: np.ascontiguousarray(values[rows]) for name, values in batch.inputs.items()}
+    started = time.perf_counter()
     outputs = runner.run(feed)
+    run.seconds["inside_engines"] = run.seconds.get("inside_engines", 0.0) + time.perf_counter() - started
     if batch.size < least:
         outputs = {
             name: values[: batch.size] if values.ndim and values.shape[0] == least else values
@@ -902,7 +924,11 @@ def _latency(
             rows = np.arange(asked.batch) % batch.size
             feed = {name: np.ascontiguousarray(values[rows]) for name, values in batch.inputs.items()}
             raw = sample(
-                runner.timed(feed), samples=count, warm_up_s=asked.warm_up_s, max_time_s=asked.max_time_s
+                runner.timed(feed),
+                samples=count,
+                warm_up_s=asked.warm_up_s,
+                max_time_s=asked.max_time_s,
+                observer=run.observer,
             )
             metrics = summarise(
                 raw.durations_ns,
@@ -984,7 +1010,7 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
 
 
 def record(file: SpecFile, out: Path, options: CheckOptions, observer: Observer) -> Path:
-    """Record the reference and its export into a folder, for a host without PyTorch.
+    """Record the reference and the graphs of all engines into a folder, for a host without PyTorch.
 
     Raises:
         As `check`.
@@ -996,9 +1022,14 @@ def record(file: SpecFile, out: Path, options: CheckOptions, observer: Observer)
     run.open_reference()
     _require_reference_is_right(run)
     exported = run.exported()
+    graphs = {"fp32": RecordedGraph(exported.path, exported.opset)}
+    for engine in file.spec.engines:
+        if engine.onnx is None and engine.plan is None and engine.precision not in graphs:
+            lowered = _lower(run, engine.precision, exported)
+            graphs[engine.precision] = RecordedGraph(lowered.path, lowered.opset, lowered.calibration_sha256)
     with folder(out, existing="replace") as made:
         write_recording(
-            run.recording, made, file=file, identity=run.identity, digest=run.digest, onnx=exported.path
+            run.recording, made, file=file, identity=run.identity, digest=run.digest, graphs=graphs
         )
     observer.done()
     return out

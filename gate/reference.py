@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -144,7 +145,9 @@ class ReferenceModel:
         from gate.factory import local_sources, state_digest
 
         weights = state_digest(self.module)
-        depends = {self._relative(path): file_digest(path) for path in local_sources()}
+        data = [each.partition(":")[0] for each in (self._file.spec.data.source, self._file.spec.data.calibration or "")]
+        sources = local_sources(str(model.factory), self._file.folder, self.module, apart=data)
+        depends = {self._relative(path): file_digest(path) for path in sources}
         identity = hashlib.sha256(
             json.dumps([weights, declared, sorted(depends.items()), torch_version], sort_keys=True).encode()
         ).hexdigest()
@@ -418,21 +421,68 @@ def read_recording(folder: Path, *, file: SpecFile, digest: DataDigest) -> tuple
     return recording, ModelIdentity(meta["model_sha256"], meta["weights_sha256"], meta["title"])
 
 
+@dataclass(frozen=True)
+class RecordedGraph:
+    """An ONNX graph of a recording: the export, or that in an engine's precision.
+
+    Args:
+        path: Of the graph; external data lies beside it.
+        opset: Of its default domain.
+        calibration_sha256: Of the samples that it was calibrated on; None where it was not.
+    """
+
+    path: Path
+    opset: int
+    calibration_sha256: str | None = None
+
+
+def recorded_graph(folder: Path, precision: str) -> RecordedGraph:
+    """The graph of a recording in a precision.
+
+    Raises:
+        DataError: The recording has none.
+    """
+    raw = json.loads((folder / RECORDING).read_bytes())["meta"]["graphs"]
+    if precision not in raw:
+        raise DataError(
+            f"has no graph in {precision}; it has {', '.join(sorted(raw)) or 'none'}",
+            where=str(folder / RECORDING),
+            hint="Record it again with this spec: gate record gate.toml -o DIR",
+        )
+    found = raw[precision]
+    return RecordedGraph(folder / found["path"], found["opset"], found["calibration_sha256"])
+
+
 def write_recording(
-    entry: Recording, folder: Path, *, file: SpecFile, identity: ModelIdentity, digest: DataDigest, onnx: Path
+    entry: Recording,
+    folder: Path,
+    *,
+    file: SpecFile,
+    identity: ModelIdentity,
+    digest: DataDigest,
+    graphs: Mapping[str, RecordedGraph],
 ) -> None:
-    """Write a recording and the exported ONNX into a folder that exists and is empty.
+    """Write a recording and the graphs of its engines into a folder that exists and is empty.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written.
     """
     names = [*entry.files]
     for name in names:
-        (folder / name).write_bytes((entry.folder / name).read_bytes())
-    for path in sorted(onnx.parent.iterdir()):
-        if path.name != "entry.json":
-            (folder / path.name).write_bytes(path.read_bytes())
-            names.append(path.name)
+        shutil.copyfile(entry.folder / name, folder / name)
+    stored: dict[str, Any] = {}
+    for precision, graph in graphs.items():
+        (folder / precision).mkdir()
+        beside = [graph.path, *(graph.path.parent / location for location in external_data(graph.path))]
+        for path in beside:
+            name = f"{precision}/{path.relative_to(graph.path.parent)}"
+            shutil.copyfile(path, folder / name)
+            names.append(name)
+        stored[precision] = {
+            "path": f"{precision}/{graph.path.name}",
+            "opset": graph.opset,
+            "calibration_sha256": graph.calibration_sha256,
+        }
     meta = {
         "files": list(entry.files),
         "firsts": list(entry.firsts),
@@ -451,7 +501,7 @@ def write_recording(
         "weights_sha256": identity.weights_sha256,
         "title": identity.title,
         "spec_model": _model_fields(file),
-        "onnx": onnx.name,
+        "graphs": stored,
     }
     raw = {"key": entry.sha256, "meta": meta, "files": {name: file_digest(folder / name) for name in names}}
     (folder / RECORDING).write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -477,10 +527,21 @@ def onnx_digest(path: Path) -> str:
     Raises:
         DataError: It is no ONNX file, or its external data is missing or outside its folder.
     """
+    digest = hashlib.sha256(file_digest(path).encode())
+    for location in external_data(path):
+        digest.update(f"{location}:{file_digest(path.parent / location)}".encode())
+    return digest.hexdigest()
+
+
+def external_data(path: Path) -> tuple[str, ...]:
+    """The external data files of an ONNX file, relative to its folder.
+
+    Raises:
+        DataError: It is no ONNX file, or its external data is missing or outside its folder.
+    """
     import onnx
     from onnx.external_data_helper import uses_external_data
 
-    digest = hashlib.sha256(file_digest(path).encode())
     try:
         graph = onnx.load(path, load_external_data=False)
     except Exception as err:
@@ -496,8 +557,7 @@ def onnx_digest(path: Path) -> str:
         beside = path.parent / location
         if not beside.resolve().is_relative_to(path.parent.resolve()) or not beside.is_file():
             raise DataError(f"its external data {location!r} is missing or outside its folder", where=str(path))
-        digest.update(f"{location}:{file_digest(beside)}".encode())
-    return digest.hexdigest()
+    return tuple(sorted(locations))
 
 
 def _version(distribution: str) -> str:

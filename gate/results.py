@@ -30,7 +30,8 @@ class OutputMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         allclose_fraction: Elements with |d| <= atol + rtol·|reference|, at `allclose_atol`, `allclose_rtol`.
         quantiles: Of |d|, by name (`p50`, `p90`, `p99`, `p99_9`), within 3.1 %.
         worst_samples: Index and relative error of the worst, worst first.
-        top1_agree, top5_agree, topk_samples: Counts, where the output is [N, classes].
+        top1_agree, top5_agree, topk_samples: Counts, where the output is [N, classes]; top-5 with six classes or more.
+        top1_near_ties: Disagreements where the reference's own margin is below 2 max|d| of the sample.
     """
 
     output: str
@@ -58,6 +59,7 @@ class OutputMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     top1_agree: int | None = None
     top5_agree: int | None = None
     topk_samples: int | None = None
+    top1_near_ties: int | None = None
 
 
 class TaskMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -66,6 +68,7 @@ class TaskMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Args:
         correct: The engine's top-1 outcome of every sample in order, as hex of `numpy.packbits`.
         reference_correct: The reference's, likewise.
+        top5_newly_wrong, top5_newly_right: Samples whose top-5 outcome differs, for the paired interval.
     """
 
     samples: int
@@ -75,6 +78,8 @@ class TaskMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     reference_top5: int | None
     correct: str
     reference_correct: str
+    top5_newly_wrong: int | None = None
+    top5_newly_right: int | None = None
 
 
 class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -143,7 +148,9 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         engine_path: Where it lies on this machine, while the run lasts; not in report.json.
         outputs, task, latency: What was measured.
         reused: What came from the cache: any of `export`, `lowered`, `engine`.
-        subject: What accuracy depends on, for the baseline's key: see gate.baseline.
+        host_peak_mib: Host memory that loading and running it added at its peak.
+        baseline_sha256: Digest of the baseline that it was compared with.
+        onnx_opset, calibration_sha256: Of the graph that it was built from.
         notes: Sentences for the reader: defaults that applied, likely causes.
     """
 
@@ -215,7 +222,8 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         samples: Compared.
         created: UTC, RFC 3339, whole seconds.
         profile: Per input, its min, opt and max shapes.
-        seconds: Wall time by stage (`export`, `lower`, `build`, `reference`, `run`, `compare`, `latency`, `total`).
+        seconds: Wall time by stage (`samples`, `reference`, `export`, `lower`, `build`, `compare`, `metamorphic`,
+            `latency`), their `total`, and `inside_engines`: the part of `compare` that was spent in the engines.
         reused: Of the whole run: any of `reference`, `export`.
     """
 
@@ -246,6 +254,16 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Whether every engine that ran passed."""
         return self.status is Status.PASSED
 
+    @property
+    def summary(self) -> str:
+        """One line for each finding that did not pass; the verdict alone where all did."""
+        lines = [
+            f"{finding.status.value}  {result.name}  {described(finding)}"
+            for result in self.engines
+            for finding in result.failing
+        ]
+        return "\n".join(lines) or f"{self.status.value}  {self.model_id}"
+
     def __getitem__(self, check: str) -> Finding | Failure:
         """The finding of a check, `task.top1_drop_pp`, or `ort-fp16:task.top1_drop_pp` where several engines ran.
 
@@ -270,6 +288,18 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             many = "several engines have" if found else "there is no"
             raise KeyError(f"{many} check {check!r}; this run has {', '.join(checks)}")
         return found[0]
+
+
+def described(finding: Finding | Failure) -> str:
+    """A finding in one line: check, observed against limit, where the limit stands."""
+    if isinstance(finding, Failure):
+        return f"{finding.check}: {finding.message}"
+    unit = f" {finding.unit}" if finding.unit else ""
+    place = f" ({finding.limit.location or finding.limit.source})"
+    return (
+        f"{finding.check}: {finding.estimate:.4g}{unit}, allowed {finding.limit.symbol} "
+        f"{finding.limit.value:.4g}{unit}{place}"
+    )
 
 
 def builtins_from(value: object) -> Any:

@@ -1,6 +1,7 @@
 """The layers of docs/architecture.md, held by reading the imports of every module, those inside functions too."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -12,58 +13,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gate"
 
 # From the bottom up. `name.*` is a folder whose files may import each other.
-LAYERS = (
-    ("errors",),
-    (
-        "compare",
-        "diagnosis",
-        "engines.interface",
-        "latency",
-        "manifest",
-        "metamorphic",
-        "metrics.*",
-        "precision",
-        "results",
-        "spec",
-        "statistics",
-        "tensors",
-        "tolerances",
-        "verdict",
-    ),
-    (
-        "atomic",
-        "baseline",
-        "cache",
-        "data.*",
-        "device",
-        "engines.*",
-        "export",
-        "factory",
-        "lower",
-        "reference",
-        "store",
-        "timing",
-    ),
-    ("pipeline",),
-    ("cli.*", "pytest_plugin", "report.*"),
-    ("__main__",),
-)
-LAYER_NAMES = ("errors", "core", "effects", "pipeline", "edges", "entry")
+LAYERS = {
+    "errors": ("errors",),
+    "words": ("manifest", "spec", "statistics", "tensors", "verdict"),
+    "results": ("engines.interface", "results"),
+    "judges": ("compare", "diagnosis", "latency", "metamorphic", "metrics.*", "precision", "tolerances"),
+    "ground": ("atomic", "cache", "chatter", "device", "factory", "memory", "timing"),
+    "effects": ("baseline", "data.*", "engines.*", "export", "lower", "reference", "store"),
+    "pipeline": ("pipeline",),
+    "edges": ("cli.*", "pytest_plugin", "report.*"),
+    "entry": ("__main__",),
+}
+CORE = ("errors", "words", "results", "judges")
 
 # Within one layer imports go nowhere, but for these: importer -> what it may import.
 SIDEWAYS = {
-    "compare": {"results", "statistics", "tensors"},
-    "engines.interface": {"spec", "tensors", "verdict"},
-    "latency": {"results", "spec", "statistics", "verdict"},
-    "metamorphic": {"engines.interface", "spec", "tensors", "verdict"},
-    "metrics": {"results", "spec", "statistics", "verdict"},
-    "results": {"engines.interface", "verdict"},
-    "tolerances": {"results", "spec", "verdict"},
+    "results": {"engines.interface"},
     "cache": {"atomic"},
-    "data": {"factory"},
-    "reference": {"atomic", "cache", "data", "engines", "factory"},
+    "reference": {"data", "engines"},
     "cli": {"report"},
-    "pytest_plugin": {"report"},
 }
 
 FRAMEWORKS = (
@@ -103,10 +71,11 @@ NAMES = sorted(name for name in _modules() if name)
 
 
 def _layer(name):
-    for level, members in enumerate(LAYERS):
+    """The layer of a module, counted from the bottom."""
+    for level, members in enumerate(LAYERS.values()):
         if name in members:
             return level
-    for level, members in enumerate(LAYERS):
+    for level, members in enumerate(LAYERS.values()):
         if any(member.endswith(".*") and (name + ".").startswith(member[:-1]) for member in members):
             return level
     raise AssertionError(f"gate.{name} has no layer; give it one in LAYERS and in docs/architecture.md")
@@ -155,7 +124,8 @@ def test_imports_point_down(name):
             allowed = same_folder or _part(other) in SIDEWAYS.get(_part(name), set())
             assert allowed, f"{where} imports gate.{other} sideways; move what both need down, or list it in SIDEWAYS"
         else:
-            assert mine > its, f"{where} ({LAYER_NAMES[mine]}) imports gate.{other} ({LAYER_NAMES[its]}) upward"
+            layers = list(LAYERS)
+            assert mine > its, f"{where} ({layers[mine]}) imports gate.{other} ({layers[its]}) upward"
 
 
 def test_modules_do_not_import_in_a_circle():
@@ -200,7 +170,7 @@ def test_package_neither_asserts_nor_unpickles(name):
 
 
 def test_layers_name_only_modules_that_exist():
-    for member in (member for members in LAYERS for member in members):
+    for member in (member for members in LAYERS.values() for member in members):
         assert member.removesuffix(".*") in _modules(), f"LAYERS lists gate.{member}, which does not exist"
 
 
@@ -234,9 +204,21 @@ def test_every_module_imports_without_the_frameworks():
     _run(BLOCK + f"for name in {names!r}:\n    importlib.import_module(name)\n")
 
 
-def test_the_core_imports_nothing_above_it():
-    core = [f"gate.{name}" for name in NAMES if _layer(name) <= 1]
+def test_the_core_loads_nothing_above_it():
+    levels = {list(LAYERS).index(layer) for layer in CORE}
+    core = [f"gate.{name}" for name in NAMES if _layer(name) in levels]
     code = BLOCK + f"for name in {core!r}:\n    importlib.import_module(name)\nprint(*sorted(sys.modules))\n"
     loaded = [name.removeprefix("gate.") for name in _run(code).split() if name.startswith("gate.")]
     folders = {name.split(".")[0] for name in NAMES if "." in name}
-    assert [name for name in loaded if name not in folders and _layer(name) > 1] == []
+    assert [name for name in loaded if name not in folders and _layer(name) not in levels] == []
+
+
+def test_layers_are_those_of_the_documentation():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| *([a-z]*) *\| *((?:`[^`]+`(?:, )?)+) *\|", text, re.MULTILINE)
+    documented, layer = {}, None
+    for first, names in rows:
+        layer = first or layer
+        found = (name.rstrip("/").replace("/", ".") for name in re.findall(r"`([^`]+)`", names))
+        documented.setdefault(layer, set()).update(found)
+    assert documented == {layer: {name.removesuffix(".*") for name in names} for layer, names in LAYERS.items()}

@@ -50,7 +50,7 @@ def shuffled() -> Digits:
     with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt", encoding="ascii") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     # RandomState's stream is frozen across NumPy versions, which that of default_rng is not.
-    order = np.random.RandomState(SEED).permutation(len(table))  # noqa: NPY002
+    order = np.random.RandomState(SEED).permutation(len(table))
     table = table[order]
     return Digits(table[:, :64].reshape(-1, 1, 8, 8) / np.float32(16), table[:, 64].astype(np.int64))
 

@@ -1,0 +1,789 @@
+"""Baselines: accepted measurements, small and reviewed like code, and what a run is compared with.
+
+A baseline lies at `baselines/<case>/<engine>/<device>.json`, where the device is `cpu` or a GPU's architecture, `sm90`.
+Its accuracy is comparable wherever its subject is the same: precision, samples, backend, and the backend's version
+family. That family is major.minor for TensorRT, whose tactics change with it, and the major version for ONNX Runtime,
+whose minor versions differ between the Python versions that can install them. Its latencies are history, each with the
+fingerprint of the machine that it was measured on.
+
+A change of the reference (new weights) is what a regression check exists to compare: it is allowed, and noted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from gate import atomic
+from gate.errors import BaselineError, BundleError, DigestMismatch, GateError
+from gate.manifest import (
+    MAX_JSON_BYTES,
+    Sha256,
+    Timestamp,
+    canonical_json,
+    pretty_json,
+    sha256_hex,
+    strict_json,
+)
+from gate.results import CheckRun, EngineResult, Fingerprint, OutputMetrics
+from gate.spec import BaselineLimits, EngineSpec, Name, SpecFile
+from gate.verdict import Evidence, Failure, Finding, Interval, Limit
+
+DROP_PP = {"fp32": 0.1, "tf32": 0.1, "fp16": 0.1, "bf16": 0.2, "int8": 0.5}
+RATIO = 2.0
+RATIO_FLOOR = 8 * 2.0**-23
+"""A rel_rmse below 8 units of FP32 rounding counts as that much: 1e-7 after 0 is rounding, not a regression."""
+HISTORY = 20
+ACCEPT = 'gate baseline accept --reason "…"'
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DEVICE = re.compile(r"cpu|sm[0-9]{2,3}")
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+PositiveCount = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Subject(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What accuracy depends on, and what must be equal before two measurements are compared.
+
+    Args:
+        case: The model's id.
+        engine, precision, backend: As in the spec.
+        backend_version_family: See the module.
+        device: `cpu`, or the GPU's architecture, `sm90`.
+        samples: How many were compared.
+        data_sha256: Of every sample and label, in order.
+    """
+
+    case: Name
+    engine: Name
+    precision: str
+    backend: str
+    backend_version_family: str
+    device: Annotated[str, msgspec.Meta(pattern="^(cpu|sm[0-9]{2,3})$")]
+    samples: PositiveCount
+    data_sha256: Sha256
+
+
+class BaselineOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The parity metrics of one output, as in gate.results.OutputMetrics; all finite.
+
+    Args:
+        top1_agreement: Interval of top1_agree / topk_samples (Clopper-Pearson, 95 %); None where not defined.
+    """
+
+    output: str
+    kind: Literal["float", "exact"]
+    samples: Count
+    elements: Count
+    rms_reference: NonNegative
+    rel_rmse: NonNegative
+    max_abs: NonNegative
+    mean_abs: NonNegative
+    mismatch_fraction: Fraction
+    cosine_distance: NonNegative | None
+    mean_cosine_distance: NonNegative | None
+    top1_agree: Count | None
+    topk_samples: Count | None
+    top1_agreement: Interval | None
+
+
+class BaselineTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Top-1 and top-5 of the engine against labels.
+
+    Args:
+        interval: Of top1 / samples (Clopper-Pearson, 95 %).
+        correct: The top-1 outcome of every sample in order, as hex of `numpy.packbits`.
+    """
+
+    samples: PositiveCount
+    top1: Count
+    top5: Count | None
+    interval: Interval
+    correct: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{2})*$")]
+
+
+class LatencyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One latency measurement: history, comparable only where the fingerprint is the same.
+
+    Args:
+        fingerprint_sha256: Of the whole fingerprint's canonical JSON.
+        device, os, backend_version: For a reader.
+    """
+
+    fingerprint_sha256: Sha256
+    device: str
+    os: str
+    backend_version: str
+    timed: str
+    batch: PositiveCount
+    n: PositiveCount
+    sessions: PositiveCount
+    p50_ms: NonNegative
+    p95_ms: NonNegative
+    p99_ms: NonNegative
+    created: Timestamp
+
+
+class Acceptance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who accepted it, when, and why."""
+
+    who: Annotated[str, msgspec.Meta(min_length=1)]
+    when: Timestamp
+    why: Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An accepted measurement of one engine on one device.
+
+    Args:
+        subject: What it is of.
+        backend_version: Exactly.
+        reference_sha256, spec_sha256: For a reader; a change of them does not keep it from being compared.
+        fingerprint: Of the machine it was measured on.
+        digest: SHA-256 of the canonical JSON of everything else.
+    """
+
+    schema_version: Literal[1] = 1
+    subject: Subject
+    backend_version: str
+    reference_sha256: Sha256
+    spec_sha256: Sha256
+    outputs: Annotated[tuple[BaselineOutput, ...], msgspec.Meta(min_length=1)]
+    task: BaselineTask | None
+    latency: tuple[LatencyRecord, ...]
+    fingerprint: Fingerprint
+    accepted: Acceptance
+    gate_version: str
+    digest: Sha256
+
+
+class Compared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What comparing with a baseline gave.
+
+    Args:
+        findings: At least one.
+        sha256: The baseline's digest; None where there was none that could be compared.
+    """
+
+    findings: tuple[Finding | Failure, ...]
+    sha256: str | None
+
+
+class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A baseline that was written."""
+
+    engine: str
+    path: Path
+    baseline: Baseline
+
+
+class Skipped(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An engine whose measurement was not accepted, and why."""
+
+    engine: str
+    reason: str
+
+
+class AcceptResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `accept` did."""
+
+    accepted: tuple[Accepted, ...]
+    skipped: tuple[Skipped, ...]
+
+
+class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One row of a comparison of two baselines.
+
+    Args:
+        metric: Dotted name.
+        old, new: Values; None where one of them has none.
+        change: new - old for numbers.
+    """
+
+    metric: str
+    old: float | str | None
+    new: float | str | None
+    change: float | None
+
+
+def version_family(backend: str, version: str) -> str:
+    """The part of a backend's version within which its answers are compared: see the module.
+
+    Raises:
+        BaselineError: The version does not begin with major.minor.
+    """
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        raise BaselineError(f"the version {version!r} of backend {backend!r} has no major.minor")
+    return match[1] if backend == "onnxruntime" else f"{match[1]}.{match[2]}"
+
+
+def device_of(backend: str, fingerprint: Fingerprint) -> str:
+    """`cpu` for ONNX Runtime's CPU provider, else the GPU's architecture: `sm90`.
+
+    Raises:
+        BaselineError: The backend needs a GPU, and the fingerprint has none.
+    """
+    if backend == "onnxruntime":
+        return "cpu"
+    if fingerprint.compute_capability is None:
+        raise BaselineError(f"backend {backend!r} runs on a GPU, and the fingerprint names none")
+    return "sm" + fingerprint.compute_capability.replace(".", "")
+
+
+def subject_of(run: CheckRun, result: EngineResult) -> Subject:
+    """What an engine's measurement in a run is of.
+
+    Raises:
+        BaselineError: It was not built, or not run.
+    """
+    return _subject(
+        result,
+        case=run.model_id,
+        samples=run.samples,
+        data_sha256=run.provenance.data_sha256,
+        fingerprint=run.device,
+    )
+
+
+def _subject(
+    result: EngineResult, *, case: str, samples: int, data_sha256: str, fingerprint: Fingerprint
+) -> Subject:
+    if result.build is None:
+        raise BaselineError(f"engine {result.name!r} was not built")
+    return Subject(
+        case=case,
+        engine=result.name,
+        precision=result.precision,
+        backend=result.backend,
+        backend_version_family=version_family(result.backend, result.build.backend_version),
+        device=device_of(result.backend, fingerprint),
+        samples=samples,
+        data_sha256=data_sha256,
+    )
+
+
+def baseline_path(root: Path, *, case: str, engine: str, device: str) -> Path:
+    """Where the baseline of an engine on a device lies.
+
+    Raises:
+        BaselineError: A name could lead out of `root`.
+    """
+    for name in (case, engine):
+        if not _NAME.fullmatch(name):
+            raise BaselineError(f"{name!r} cannot name a baseline")
+    if not _DEVICE.fullmatch(device):
+        raise BaselineError(f"{device!r} cannot name a baseline's device")
+    return root / case / engine / f"{device}.json"
+
+
+def baseline_from_result(
+    run: CheckRun,
+    result: EngineResult,
+    *,
+    who: str,
+    when: str,
+    why: str,
+    history: tuple[LatencyRecord, ...] = (),
+) -> Baseline:
+    """An engine's measurement in a run, as a baseline. Pure.
+
+    Args:
+        who, when, why: Of the acceptance; `when` is UTC, RFC 3339, whole seconds.
+        history: Latencies of the baseline before; the newest 20 are kept.
+
+    Raises:
+        BaselineError: Nothing was measured, a number is not finite, or who, when or why is missing.
+    """
+    subject = subject_of(run, result)
+    if result.build is None or not result.outputs:
+        raise BaselineError(f"engine {result.name!r} was not run, so it has nothing to accept")
+    raw = {
+        "schema_version": 1,
+        "subject": msgspec.to_builtins(subject),
+        "backend_version": result.build.backend_version,
+        "reference_sha256": run.provenance.reference_sha256,
+        "spec_sha256": run.provenance.spec_sha256,
+        "outputs": [_output(each) for each in sorted(result.outputs, key=lambda each: each.output)],
+        "task": _task(result),
+        "latency": [*map(msgspec.to_builtins, history), *_latency(run, result)][-HISTORY:],
+        "fingerprint": msgspec.to_builtins(run.device),
+        "accepted": {"who": who.strip(), "when": when, "why": why.strip()},
+        "gate_version": run.gate_version,
+        "digest": "0" * 64,
+    }
+    try:
+        draft = msgspec.convert(raw, Baseline)
+        baseline = msgspec.structs.replace(draft, digest=digest_of(draft))
+    except msgspec.ValidationError as err:
+        raise BaselineError(f"engine {result.name!r} cannot be a baseline: {err}") from err
+    except BundleError as err:
+        raise BaselineError(f"engine {result.name!r} cannot be a baseline: {err.message}") from err
+    for message in _contradictions(baseline):
+        raise BaselineError(f"engine {result.name!r} cannot be a baseline: {message}")
+    return baseline
+
+
+def _output(metrics: OutputMetrics) -> dict[str, object]:
+    agreement = None
+    if metrics.top1_agree is not None and metrics.topk_samples:
+        agreement = msgspec.to_builtins(_proportion(metrics.top1_agree, metrics.topk_samples))
+    names = [name for name in BaselineOutput.__struct_fields__ if name != "top1_agreement"]
+    return {**{name: getattr(metrics, name) for name in names}, "top1_agreement": agreement}
+
+
+def _task(result: EngineResult) -> dict[str, object] | None:
+    task = result.task
+    if task is None:
+        return None
+    return {
+        "samples": task.samples,
+        "top1": task.top1,
+        "top5": task.top5,
+        "interval": msgspec.to_builtins(_proportion(task.top1, task.samples)),
+        "correct": task.correct,
+    }
+
+
+def _latency(run: CheckRun, result: EngineResult) -> Iterator[dict[str, object]]:
+    latency = result.latency
+    if latency is None or result.build is None:
+        return
+    yield {
+        "fingerprint_sha256": sha256_hex(canonical_json(msgspec.to_builtins(run.device))),
+        "device": run.device.name,
+        "os": run.device.os,
+        "backend_version": result.build.backend_version,
+        "timed": latency.timed,
+        "batch": latency.batch,
+        "n": latency.n,
+        "sessions": latency.sessions,
+        "p50_ms": latency.p50_ms,
+        "p95_ms": latency.p95_ms,
+        "p99_ms": latency.p99_ms,
+        "created": run.created,
+    }
+
+
+def _proportion(successes: int, trials: int) -> Interval:
+    from gate.statistics import clopper_pearson
+
+    return clopper_pearson(successes, trials, alpha=0.05)
+
+
+def digest_of(baseline: Baseline) -> str:
+    """SHA-256 of the canonical JSON of everything in a baseline but its digest.
+
+    Raises:
+        BundleError: A number in it is not finite.
+    """
+    raw = msgspec.to_builtins(baseline)
+    del raw["digest"]
+    return sha256_hex(canonical_json(raw))
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Read a baseline, and refuse one that its own record contradicts.
+
+    The digest finds a number that was changed by hand. Where the digest was made anew as well, what follows from the
+    record is computed again: counts from bits, intervals from counts, bounds between norms.
+
+    Raises:
+        BaselineError: It is missing, unreadable, malformed or edited; names the file and the reason.
+    """
+    try:
+        data = atomic.read_regular(path, limit_bytes=MAX_JSON_BYTES)
+    except BundleError as err:
+        missing = err.message == "is missing"
+        raise BaselineError(
+            "there is no accepted baseline" if missing else err.message, where=str(path), hint=ACCEPT
+        ) from err
+    return baseline_from_bytes(data, where=str(path))
+
+
+def baseline_from_bytes(data: bytes, *, where: str) -> Baseline:
+    """As `read_baseline`, for bytes that are already here. Pure.
+
+    Raises:
+        BaselineError: It is malformed or edited.
+    """
+    hint = f"Restore it from version control, or accept a new one: {ACCEPT}"
+    try:
+        baseline = msgspec.convert(strict_json(data), Baseline)
+    except BundleError as err:
+        raise BaselineError(err.message, where=where, hint=hint) from err
+    except msgspec.ValidationError as err:
+        raise BaselineError(f"is not a baseline: {err}", where=where, hint=hint) from err
+    if (expected := digest_of(baseline)) != baseline.digest:
+        raise BaselineError(
+            f"was changed after it was accepted: its digest is {baseline.digest[:12]}…, its content's {expected[:12]}…",
+            where=where,
+            hint=hint,
+        )
+    for message in _contradictions(baseline):
+        raise BaselineError(f"its record contradicts itself: {message}", where=where, hint=hint)
+    return baseline
+
+
+def write_baseline(path: Path, baseline: Baseline) -> None:
+    """Write a baseline: pretty, sorted, whole or not at all.
+
+    Raises:
+        GateError: The disk is full or may not be written to.
+    """
+    atomic.write_bytes(path, pretty_json(msgspec.to_builtins(baseline)))
+
+
+def _contradictions(baseline: Baseline) -> Iterator[str]:
+    """What is wrong in a record that nobody but the record itself is needed to see."""
+    if not baseline.accepted.who.strip() or not baseline.accepted.why.strip():
+        yield "it does not say who accepted it and why"
+    names = [each.output for each in baseline.outputs]
+    if len(set(names)) != len(names):
+        yield "an output stands twice"
+    for each in baseline.outputs:
+        yield from (f"output {each.output!r}: {message}" for message in _output_contradictions(each))
+        if each.samples > baseline.subject.samples:
+            yield f"output {each.output!r}: has {each.samples} samples of {baseline.subject.samples}"
+    if baseline.task is not None:
+        yield from (f"task: {message}" for message in _task_contradictions(baseline.task))
+        if baseline.task.samples != baseline.subject.samples:
+            yield f"task: has {baseline.task.samples} samples of {baseline.subject.samples}"
+    for latency in baseline.latency:
+        if not latency.p50_ms <= latency.p95_ms <= latency.p99_ms:
+            yield f"latency of {latency.created}: needs p50 <= p95 <= p99"
+
+
+def _output_contradictions(output: BaselineOutput) -> Iterator[str]:
+    numbers = {name: getattr(output, name) for name in output.__struct_fields__}
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is not finite"
+    slack = 1.001
+    if output.kind == "float" and output.rms_reference > 0:
+        # For any numbers: mean |d| <= root mean square of d <= max |d|.
+        rms = output.rel_rmse * output.rms_reference
+        if not output.mean_abs <= rms * slack:
+            yield f"mean_abs {output.mean_abs:.4g} is above the root mean square {rms:.4g} that rel_rmse implies"
+        if not rms <= output.max_abs * slack:
+            yield f"rel_rmse implies a root mean square of {rms:.4g}, above max_abs {output.max_abs:.4g}"
+    worst, mean = output.cosine_distance, output.mean_cosine_distance
+    if worst is not None and mean is not None and not mean <= worst * slack + 1e-12:
+        yield f"mean_cosine_distance {mean:.4g} is above the worst sample's {worst:.4g}"
+    agree, of = output.top1_agree, output.topk_samples
+    if agree is not None and of is not None and agree > of:
+        yield f"top1_agree {agree} is above topk_samples {of}"
+    elif agree is not None and of:
+        yield from _interval_contradictions("top1_agreement", output.top1_agreement, agree, of)
+    elif output.top1_agreement is not None:
+        yield "has an interval of top1_agreement and no counts"
+
+
+def _task_contradictions(task: BaselineTask) -> Iterator[str]:
+    bits = bytes.fromhex(task.correct)
+    padding = -task.samples % 8
+    if len(bits) != (task.samples + 7) // 8 or (bits and bits[-1] & ((1 << padding) - 1)):
+        yield f"correct does not hold one bit for each of {task.samples} samples"
+    count = int.from_bytes(bits, "big").bit_count()
+    if task.top1 != count:
+        yield f"top1 is {task.top1}, correct has {count} samples"
+    if task.top5 is not None and not task.top1 <= task.top5 <= task.samples:
+        yield f"top5 is {task.top5}, with top1 {task.top1} of {task.samples}"
+    if task.top1 <= task.samples:
+        yield from _interval_contradictions("interval", task.interval, task.top1, task.samples)
+
+
+def _interval_contradictions(name: str, interval: Interval | None, successes: int, trials: int) -> Iterator[str]:
+    expected = _proportion(successes, trials)
+    if interval is None or not (
+        math.isclose(interval.lower, expected.lower, rel_tol=1e-9, abs_tol=1e-12)
+        and math.isclose(interval.upper, expected.upper, rel_tol=1e-9, abs_tol=1e-12)
+    ):
+        got = "missing" if interval is None else f"{interval.lower:.6g} to {interval.upper:.6g}"
+        yield f"{name} is {got}, {successes} of {trials} give {expected.lower:.6g} to {expected.upper:.6g}"
+
+
+def require_comparable(baseline: Baseline, subject: Subject, result: EngineResult, *, where: str | None = None) -> None:
+    """Refuse a baseline of something else, instead of comparing with it.
+
+    Raises:
+        BaselineError: The case, engine, precision, backend, version family, device, sample count, samples or outputs
+            differ; names the field, got and expected.
+    """
+    for name in Subject.__struct_fields__:
+        got, expected = getattr(baseline.subject, name), getattr(subject, name)
+        if got != expected:
+            raise BaselineError(f"is of another {name}: {got!r}, this run has {expected!r}", where=where, hint=ACCEPT)
+    had, has = {each.output: each for each in baseline.outputs}, {each.output: each for each in result.outputs}
+    if set(had) != set(has):
+        raise BaselineError(
+            f"is of other outputs: {', '.join(sorted(had))}; this run has {', '.join(sorted(has)) or 'none'}",
+            where=where,
+            hint=ACCEPT,
+        )
+    for name, each in had.items():
+        if (each.kind, each.elements) != (has[name].kind, has[name].elements):
+            raise BaselineError(
+                f"output {name!r} has {each.elements} {each.kind} elements, this run has {has[name].elements} "
+                f"{has[name].kind}",
+                where=where,
+                hint=ACCEPT,
+            )
+
+
+def check_against_baseline(
+    result: EngineResult,
+    *,
+    engine: EngineSpec,
+    file: SpecFile,
+    root: Path,
+    samples: int,
+    data_sha256: str,
+    evidence: Evidence,
+    fingerprint: Fingerprint | None = None,
+) -> Compared:
+    """Read the baseline of an engine, refuse one of something else, and compare.
+
+    Args:
+        result: What was measured so far; its verdict is not needed.
+        root: Folder of the accepted baselines.
+        samples, data_sha256: Of the evaluation samples.
+        fingerprint: Of the device; left out: of this machine, where the engine runs on a GPU.
+    """
+    try:
+        if fingerprint is None:
+            from gate.device import fingerprint as of_machine
+
+            fingerprint = of_machine(for_gpu=engine.backend != "onnxruntime")
+        case = file.spec.model.id
+        subject = _subject(result, case=case, samples=samples, data_sha256=data_sha256, fingerprint=fingerprint)
+        path = baseline_path(root, case=case, engine=engine.name, device=subject.device)
+        baseline = read_baseline(path)
+        require_comparable(baseline, subject, result, where=str(path))
+    except BaselineError as err:
+        return Compared(
+            findings=baseline_findings(err, result, engine=engine, file=file, evidence=evidence), sha256=None
+        )
+    return Compared(
+        findings=baseline_findings(baseline, result, engine=engine, file=file, evidence=evidence),
+        sha256=baseline.digest,
+    )
+
+
+def baseline_findings(
+    baseline: Baseline | BaselineError | None,
+    result: EngineResult,
+    *,
+    engine: EngineSpec,
+    file: SpecFile,
+    evidence: Evidence,
+) -> tuple[Finding | Failure, ...]:
+    """What `[engine.baseline]` asks for, against a baseline that is comparable. At least one.
+
+    An empty table asks for both checks at their defaults, the task's only where the spec has a `[task]`.
+
+    Args:
+        baseline: As `require_comparable` accepts it; or why there is none, which is a Failure.
+    """
+    if baseline is None:
+        baseline = BaselineError("there is no accepted baseline", hint=ACCEPT)
+    if isinstance(baseline, BaselineError):
+        return (_failure("baseline", baseline, evidence),)
+    limits = engine.baseline or BaselineLimits()
+    drop = _limit(limits.top1_drop_at_most_pp, "top1_drop_at_most_pp", engine, file)
+    ratio = _limit(limits.rel_rmse_ratio_at_most, "rel_rmse_ratio_at_most", engine, file)
+    if drop is None and ratio is None:
+        ratio = Limit("at_most", RATIO, "default")
+        if file.spec.task is not None:
+            drop = Limit("at_most", DROP_PP[engine.precision], "default")
+    findings: list[Finding | Failure] = []
+    if drop is not None:
+        findings.append(_drop_finding(baseline, result, limit=drop, evidence=evidence))
+    if ratio is not None:
+        findings.extend(_ratio_findings(baseline, result, limit=ratio, evidence=evidence))
+    return tuple(findings)
+
+
+def _failure(check: str, err: GateError, evidence: Evidence) -> Failure:
+    message = f"{err.where}: {err.message}" if err.where else err.message
+    return Failure(check=check, error=type(err).__name__, message=message, evidence=evidence, hint=err.hint or ACCEPT)
+
+
+def _limit(value: float | None, key: str, engine: EngineSpec, file: SpecFile) -> Limit | None:
+    if value is None:
+        return None
+    return Limit("at_most", value, "spec", file.engine_location(engine.name, "baseline", key))
+
+
+def _drop_finding(
+    baseline: Baseline, result: EngineResult, *, limit: Limit, evidence: Evidence
+) -> Finding | Failure:
+    from gate.metrics.classification import baseline_task_finding
+
+    if result.task is None or baseline.task is None:
+        who = "this run" if result.task is None else "the baseline"
+        return _failure(
+            "baseline.top1_drop_pp", BaselineError(f"{who} has no top-1 against labels to compare"), evidence
+        )
+    try:
+        return baseline_task_finding(result.task, baseline.task.correct, limit=limit, evidence=evidence)
+    except GateError as err:
+        return _failure("baseline.top1_drop_pp", err, evidence)
+
+
+def _ratio_findings(
+    baseline: Baseline, result: EngineResult, *, limit: Limit, evidence: Evidence
+) -> Iterator[Finding | Failure]:
+    now = {each.output: each for each in result.outputs}
+    pairs = [
+        (each, now[each.output])
+        for each in baseline.outputs
+        if each.output in now and (each.elements or now[each.output].elements)
+    ]
+    if not pairs:
+        yield _failure(
+            "baseline.rel_rmse_ratio", BaselineError("there is no output with elements to compare"), evidence
+        )
+    for old, new in pairs:
+        # max() of a NaN keeps or drops it by the order of its arguments: NaN comes first, and stays.
+        ratio = max(new.rel_rmse, RATIO_FLOOR) / max(old.rel_rmse, RATIO_FLOOR)
+        name = f"[{old.output}]" if len(pairs) > 1 else ""
+        yield Finding(
+            check=f"baseline.rel_rmse_ratio{name}",
+            estimate=ratio,
+            interval=Interval(ratio, ratio),
+            limit=limit,
+            n=new.samples,
+            evidence=evidence,
+            detail=f"output {old.output!r}: rel_rmse {new.rel_rmse:.2e}, accepted {old.rel_rmse:.2e} "
+            f"by {baseline.accepted.who} on {baseline.accepted.when[:10]}",
+            hint="docs/findings.md#baseline-rel_rmse_ratio",
+        )
+
+
+def baseline_bytes(result: EngineResult, *, run: CheckRun, root: Path) -> bytes:
+    """The file of the baseline that an engine was judged by.
+
+    Raises:
+        BaselineError: It cannot be read, or is malformed.
+        DigestMismatch: It is not the one that the engine was judged by.
+    """
+    subject = subject_of(run, result)
+    path = baseline_path(root, case=subject.case, engine=subject.engine, device=subject.device)
+    baseline = read_baseline(path)
+    if baseline.digest != result.baseline_sha256:
+        raise DigestMismatch(
+            f"has digest {baseline.digest[:12]}…, the engine was judged by {str(result.baseline_sha256)[:12]}…",
+            where=str(path),
+            hint="The baseline was changed after the check; run the check again.",
+        )
+    return pretty_json(msgspec.to_builtins(baseline))
+
+
+def accept(
+    run: CheckRun, *, engines: Sequence[str] = (), root: Path, who: str, when: str, why: str
+) -> AcceptResult:
+    """Write baselines from a run. What did not run, or fails a check other than the baseline's own, is skipped.
+
+    Args:
+        engines: Names; empty: all of the run.
+        root: Folder of the accepted baselines.
+        who, when, why: Who accepts, UTC in RFC 3339, and the reason.
+
+    Raises:
+        BaselineError: The reason or the name is empty, or the run has no such engine.
+        GateError: The disk is full or may not be written to.
+    """
+    if not why.strip() or not who.strip():
+        missing = "the reason" if not why.strip() else "who accepts"
+        raise BaselineError(f"{missing} is empty: a baseline says who accepted it and why", hint=ACCEPT)
+    names = [result.name for result in run.engines]
+    for name in engines:
+        if name not in names:
+            raise BaselineError(f"the run has no engine {name!r}; it has {', '.join(names)}")
+    accepted: list[Accepted] = []
+    skipped: list[Skipped] = []
+    for result in run.engines:
+        if engines and result.name not in engines:
+            continue
+        reason = _why_not(result)
+        if reason is not None:
+            skipped.append(Skipped(engine=result.name, reason=reason))
+            continue
+        subject = subject_of(run, result)
+        path = baseline_path(root, case=subject.case, engine=subject.engine, device=subject.device)
+        try:
+            history = read_baseline(path).latency
+        except BaselineError:
+            history = ()
+        baseline = baseline_from_result(run, result, who=who, when=when, why=why, history=history)
+        write_baseline(path, baseline)
+        accepted.append(Accepted(engine=result.name, path=path, baseline=baseline))
+    return AcceptResult(accepted=tuple(accepted), skipped=tuple(skipped))
+
+
+def _why_not(result: EngineResult) -> str | None:
+    if result.verdict is None:
+        return f"NOT RUN: {result.not_run}"
+    wrong = [each for each in result.failing if each.check != "baseline" and not each.check.startswith("baseline.")]
+    if wrong:
+        return f"{wrong[0].check} is {wrong[0].status.value}"
+    if not result.outputs:
+        return "it was compiled and not run, so nothing was measured"
+    if result.evidence is Evidence.PREFLIGHT:
+        return "its evidence is preflight"
+    return None
+
+
+def diff(old: Baseline, new: Baseline) -> tuple[Change, ...]:
+    """Every metric and every field of the subject in which two baselines differ, and the digests behind them."""
+    before, after = dict(_rows(old)), dict(_rows(new))
+    changes: list[Change] = []
+    for metric in [*before, *(name for name in after if name not in before)]:
+        a, b = before.get(metric), after.get(metric)
+        if a == b:
+            continue
+        number = isinstance(a, (int, float)) and isinstance(b, (int, float))
+        changes.append(
+            Change(metric=metric, old=a, new=b, change=float(b) - float(a) if number else None)  # type: ignore[arg-type]
+        )
+    return tuple(changes)
+
+
+def _rows(baseline: Baseline) -> Iterator[tuple[str, float | str | None]]:
+    for name in Subject.__struct_fields__:
+        yield f"subject.{name}", getattr(baseline.subject, name)
+    yield "backend_version", baseline.backend_version
+    yield "reference_sha256", baseline.reference_sha256
+    yield "spec_sha256", baseline.spec_sha256
+    for output in baseline.outputs:
+        for name in BaselineOutput.__struct_fields__:
+            if name not in ("output", "kind", "top1_agreement"):
+                yield f"{output.output}.{name}", getattr(output, name)
+    if baseline.task is not None:
+        yield "task.top1_fraction", baseline.task.top1 / baseline.task.samples
+        if baseline.task.top5 is not None:
+            yield "task.top5_fraction", baseline.task.top5 / baseline.task.samples
+    if baseline.latency:
+        for name in ("p50_ms", "p95_ms", "p99_ms"):
+            yield f"latency.{name}", getattr(baseline.latency[-1], name)
+
+
+def baseline_schema() -> dict[str, object]:
+    """The JSON Schema (2020-12) of a baseline."""
+    (_,), definitions = msgspec.json.schema_components([Baseline], ref_template="#/$defs/{name}")
+    root = definitions.pop("Baseline")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:trt-gate:schema:baseline:1",
+        **root,
+        "$defs": definitions,
+    }

@@ -1,0 +1,401 @@
+"""`metadata.json`: what a sealed engine is, how it was made, what it was compared with, and what came of it. Pure.
+
+The top-level `metadata_schema.json` is generated from the structs here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+
+from gate.engines.interface import BuildRecord
+from gate.errors import BundleError, MeasurementError, VerificationError
+from gate.manifest import FileDigest, RelativePath, Sha256, Timestamp, pretty_json, strict_json
+from gate.results import (
+    CheckRun,
+    EngineResult,
+    Fingerprint,
+    LatencyMetrics,
+    OutputMetrics,
+    TaskMetrics,
+    builtins_from,
+)
+from gate.spec import Name
+from gate.verdict import Evidence, Finding, Interval, Limit, Status, Verdict
+
+METADATA_PATH = "artifacts/metadata.json"
+LATENCY_PATH = "evidence/latency.npy"
+SCHEMA_ID = "urn:trt-gate:schema:metadata:1"
+
+NonFinite = Literal["NaN", "Infinity", "-Infinity"]
+Number = float | NonFinite
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The GPU that the engine ran on."""
+
+    name: str
+    compute_capability: str
+
+
+class SealedInterval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A confidence interval; an unbounded side is the text "Infinity" or "-Infinity"."""
+
+    lower: Number
+    upper: Number
+
+
+class SealedFinding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One measured number against one limit, as in gate.verdict.Finding; its status is computed again on reading."""
+
+    type: Literal["finding"]
+    check: str
+    estimate: Number
+    interval: SealedInterval
+    limit: Limit
+    n: PositiveInt
+    evidence: Evidence
+    unit: str
+    detail: str
+    hint: str
+    status: Literal["PASSED"]
+
+    def finding(self) -> Finding:
+        """The finding, with its numbers as numbers."""
+        return Finding(
+            check=self.check,
+            estimate=float(self.estimate),
+            interval=Interval(float(self.interval.lower), float(self.interval.upper)),
+            limit=self.limit,
+            n=self.n,
+            evidence=self.evidence,
+            unit=self.unit,
+            detail=self.detail,
+            hint=self.hint,
+        )
+
+
+class SealedVerdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A verdict that passed."""
+
+    status: Literal["PASSED"]
+    evidence: Evidence
+    required: tuple[str, ...]
+    findings: Annotated[tuple[SealedFinding, ...], msgspec.Meta(min_length=1)]
+
+
+class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything measured of the answers; empty for an engine that was compiled and not run."""
+
+    outputs: tuple[OutputMetrics, ...]
+    task: TaskMetrics | None
+
+
+class LatencySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The latency distribution, as in gate.results.LatencyMetrics.
+
+    Args:
+        raw: Where in the bundle every latency lies: int64 [n], nanoseconds, in the order they were measured.
+    """
+
+    timed: str
+    clock: str
+    batch: PositiveInt
+    n: PositiveInt
+    sessions: PositiveInt
+    warm_up: Annotated[int, msgspec.Meta(ge=0)]
+    mean_ms: Milliseconds
+    p50_ms: Milliseconds
+    p90_ms: Milliseconds
+    p95_ms: Milliseconds
+    p99_ms: Milliseconds
+    max_ms: Milliseconds
+    throughput: Annotated[float, msgspec.Meta(ge=0)]
+    raw: Literal["evidence/latency.npy"]
+
+
+class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """SHA-256 of what the verdict rests on; null where there was none."""
+
+    reference: Sha256
+    data: Sha256
+    spec: Sha256
+    baseline: Sha256 | None
+    weights: Sha256 | None
+    calibration: Sha256 | None
+
+
+class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A sealed engine.
+
+    Args:
+        model_id: The model's id and the first seven digits of its weights' digest (the reference's, where the
+            weights are not named): `digits-cnn@3a1f9c2`.
+        onnx_opset: Of the graph that was compiled; null for a plan that existed already.
+        profile: Per input its min, opt and max shapes.
+        trt_version: Of TensorRT or TensorRT-RTX; null for another backend.
+        cuda, driver, gpu: Of the machine it was checked on; null without a GPU.
+        git: Commit of the spec's folder, with `-dirty` where it had changes; null outside a checkout.
+        created: When it was checked.
+        files: Every file of the bundle but this one and the seals.
+    """
+
+    schema_version: Literal[1] = 1
+    model_id: Annotated[str, msgspec.Meta(min_length=1, max_length=120)]
+    engine: Name
+    onnx_opset: PositiveInt | None
+    precision: str
+    profile: dict[str, dict[Literal["min", "opt", "max"], list[int]]]
+    backend: str
+    backend_version: str
+    trt_version: str | None
+    cuda: str | None
+    driver: str | None
+    gpu: Gpu | None
+    git: str | None
+    created: Timestamp
+    files: dict[RelativePath, FileDigest]
+    build: BuildRecord
+    verdict: SealedVerdict
+    samples: PositiveInt
+    metrics: Metrics
+    latency: LatencySummary | None
+    host_peak_mib: float | None
+    device: Fingerprint
+    digests: Digests
+    seeds: dict[str, int]
+    gate_version: str
+
+
+def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDigest]) -> Metadata:
+    """The metadata of an engine that passed in a run.
+
+    Args:
+        files: Every other file of the bundle, by its path in it.
+
+    Raises:
+        BundleError: The engine was not built or has no verdict, or its GPU is not known although it ran on one.
+    """
+    build, verdict = result.build, result.verdict
+    if build is None or verdict is None:
+        raise BundleError(f"engine {result.name!r} was not built and judged")
+    findings = tuple(_sealed(finding) for finding in verdict.findings if isinstance(finding, Finding))
+    if verdict.status is not Status.PASSED:
+        raise BundleError(f"engine {result.name!r} is {verdict.status.value}; only what passed is sealed")
+    device, origin = run.device, run.provenance
+    gpu = None
+    if device.kind == "gpu":
+        if device.compute_capability is None:
+            raise BundleError("the fingerprint names a GPU without its compute capability")
+        gpu = Gpu(name=device.name, compute_capability=device.compute_capability)
+    return Metadata(
+        model_id=f"{run.model_id}@{(origin.weights_sha256 or origin.reference_sha256)[:7]}",
+        engine=result.name,
+        onnx_opset=result.onnx_opset or None,
+        precision=result.precision,
+        profile={name: {"min": each["min"], "opt": each["opt"], "max": each["max"]} for name, each in run.profile.items()},
+        backend=result.backend,
+        backend_version=build.backend_version,
+        trt_version=build.backend_version if result.backend in ("tensorrt", "tensorrt_rtx") else None,
+        cuda=device.cuda,
+        driver=device.driver,
+        gpu=gpu,
+        git=origin.git,
+        created=run.created,
+        files=dict(files),
+        build=build,
+        verdict=SealedVerdict(
+            status="PASSED", evidence=verdict.evidence, required=verdict.required, findings=findings
+        ),
+        samples=run.samples,
+        metrics=Metrics(outputs=result.outputs, task=result.task),
+        latency=None if result.latency is None else _summary(result.latency),
+        host_peak_mib=result.host_peak_mib,
+        device=device,
+        digests=Digests(
+            reference=origin.reference_sha256,
+            data=origin.data_sha256,
+            spec=origin.spec_sha256,
+            baseline=result.baseline_sha256,
+            weights=origin.weights_sha256,
+            calibration=result.calibration_sha256,
+        ),
+        seeds={"data": origin.seed},
+        gate_version=run.gate_version,
+    )
+
+
+def _sealed(finding: Finding) -> SealedFinding:
+    return SealedFinding(
+        type="finding",
+        check=finding.check,
+        estimate=_number(finding.estimate),
+        interval=SealedInterval(lower=_number(finding.interval.lower), upper=_number(finding.interval.upper)),
+        limit=finding.limit,
+        n=finding.n,
+        evidence=finding.evidence,
+        unit=finding.unit,
+        detail=finding.detail,
+        hint=finding.hint,
+        status="PASSED",
+    )
+
+
+def _number(value: float) -> Number:
+    if math.isfinite(value):
+        return float(value)
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def _summary(latency: LatencyMetrics) -> LatencySummary:
+    common = {
+        name: getattr(latency, name) for name in LatencySummary.__struct_fields__ if name != "raw"
+    }
+    return LatencySummary(**common, raw="evidence/latency.npy")
+
+
+def metadata_bytes(metadata: Metadata) -> bytes:
+    """`metadata.json`: pretty, sorted; numbers that are not finite are written as text.
+
+    Raises:
+        BundleError: It holds something that JSON does not have.
+    """
+    return pretty_json(builtins_from(metadata))
+
+
+def metadata_from_bytes(data: bytes, *, where: str) -> Metadata:
+    """Read a `metadata.json`: strict JSON that its schema allows.
+
+    Raises:
+        BundleError: It is not strict JSON.
+        VerificationError: The schema does not allow it; names the place and the reason.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    raw = strict_json(data, where=where)
+    error = best_match(Draft202012Validator(metadata_schema()).iter_errors(raw))
+    if error is not None:
+        raise VerificationError(f"{error.json_path}: {error.message:.300}", where=where)
+    raw["metrics"]["outputs"] = [
+        {name: value if name in ("output", "kind") else _finite(value) for name, value in each.items()}
+        for each in raw["metrics"]["outputs"]
+    ]
+    try:
+        return msgspec.convert(raw, Metadata)
+    except msgspec.ValidationError as err:
+        raise VerificationError(str(err), where=where) from err
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with the texts that stand for numbers as numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return float(value) if isinstance(value, str) else value
+
+
+def contradictions(metadata: Metadata, durations_ns: np.ndarray[Any, np.dtype[np.int64]] | None) -> Iterator[str]:
+    """What in the metadata does not follow from its own numbers.
+
+    Args:
+        durations_ns: int64 [n], every latency in nanoseconds; None where the engine was not timed.
+    """
+    findings = tuple(each.finding() for each in metadata.verdict.findings)
+    for finding in findings:
+        if finding.status is not Status.PASSED:
+            yield f"{finding.check} is {finding.status.value} by its own numbers, it says PASSED"
+    try:
+        verdict = Verdict(findings=findings, required=metadata.verdict.required)
+        if verdict.evidence is not metadata.verdict.evidence:
+            yield f"its findings reach evidence {verdict.evidence.value!r}, it says {metadata.verdict.evidence.value!r}"
+    except MeasurementError as err:
+        yield err.message
+    if (metadata.build.backend, metadata.build.backend_version, metadata.build.precision) != (
+        metadata.backend,
+        metadata.backend_version,
+        metadata.precision,
+    ):
+        yield "backend, backend_version or precision are not those of its build record"
+    task = metadata.metrics.task
+    if task is not None:
+        for name, count, bits in (
+            ("top1", task.top1, task.correct),
+            ("reference_top1", task.reference_top1, task.reference_correct),
+        ):
+            try:
+                counted = int.from_bytes(bytes.fromhex(bits), "big").bit_count()
+            except ValueError:
+                counted = -1
+            if counted != count or count > task.samples or len(bits) != 2 * ((task.samples + 7) // 8):
+                yield f"task.{name} is {count}, which its bits do not hold"
+    if metadata.latency is not None and durations_ns is not None:
+        yield from _latency_contradictions(metadata.latency, durations_ns)
+    elif metadata.latency is not None or durations_ns is not None:
+        yield "latency and its raw numbers do not come together"
+
+
+def _latency_contradictions(
+    latency: LatencySummary, durations_ns: np.ndarray[Any, np.dtype[np.int64]]
+) -> Iterator[str]:
+    if len(durations_ns) != latency.n or not bool((durations_ns > 0).all()):
+        yield f"latency.n is {latency.n}, {LATENCY_PATH} holds {int((durations_ns > 0).sum())} positive latencies"
+        return
+    ordered = np.sort(durations_ns)
+    expected = {
+        # Nearest rank: sorted[ceil(p·n) - 1], in integers.
+        f"p{percent}_ms": float(ordered[-(-percent * latency.n // 100) - 1]) / 1e6
+        for percent in (50, 90, 95, 99)
+    }
+    expected["max_ms"] = float(ordered[-1]) / 1e6
+    expected["mean_ms"] = math.fsum(durations_ns.tolist()) / latency.n / 1e6
+    for name, value in expected.items():
+        got = getattr(latency, name)
+        if not math.isclose(got, value, rel_tol=1e-6):
+            yield f"latency.{name} is {got:.6g}, {LATENCY_PATH} gives {value:.6g}"
+
+
+def metadata_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of `metadata.json`."""
+    (_,), definitions = msgspec.json.schema_components([Metadata], ref_template="#/$defs/{name}")
+    definitions["OutputMetrics"] = _with_non_finite(definitions["OutputMetrics"])
+    definitions = {name: _first_sentence(each) for name, each in definitions.items()}
+    root = definitions.pop("Metadata")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
+        **root,
+        "title": "metadata.json of a sealed engine",
+        "$defs": definitions,
+    }
+
+
+def schema_bytes(schema: Mapping[str, Any]) -> bytes:
+    """A schema as it is committed."""
+    return pretty_json(schema)
+
+
+def _with_non_finite(schema: Any) -> Any:
+    """A schema in which each number may also be one of the texts that stand for numbers JSON does not have."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "number":
+            return {"anyOf": [schema, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
+        return {key: _with_non_finite(each) for key, each in schema.items()}
+    if isinstance(schema, list):
+        return [_with_non_finite(each) for each in schema]
+    return schema
+
+
+def _first_sentence(schema: dict[str, Any]) -> dict[str, Any]:
+    """A definition whose description is the first line of its docstring."""
+    text = schema.get("description")
+    return schema if text is None else {**schema, "description": text.split("\n", 1)[0]}

@@ -1,0 +1,510 @@
+"""Sealed bundles: written whole, verified before anything in them is opened.
+
+    bundle/artifacts/model.plan (or model.onnx), metadata.json
+    bundle/baseline/baseline.json       where the engine was judged by one
+    bundle/evidence/metrics.json, environment.json, latency.npy
+    bundle/policy/gate.toml
+    bundle/seals/manifest.json          in-toto Statement v1 over every file above
+
+The statement is not signed: `verify` finds what was damaged, added, removed or edited in part. Whoever can rewrite every
+file of a bundle can make one that verifies, so a bundle is as trustworthy as the place it was taken from.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from gate import atomic
+from gate.baseline import baseline_from_bytes
+from gate.errors import BaselineError, BundleError, DigestMismatch, GateError, VerificationError
+from gate.manifest import (
+    MAX_JSON_BYTES,
+    FileDigest,
+    Predicate,
+    RelativePath,
+    Statement,
+    Subject,
+    SubjectDigest,
+    pretty_json,
+    sha256_hex,
+    strict_json,
+)
+from gate.metadata import (
+    LATENCY_PATH,
+    METADATA_PATH,
+    Metadata,
+    contradictions,
+    metadata_bytes,
+    metadata_from_bytes,
+    metadata_of,
+)
+from gate.results import CheckRun, EngineResult, builtins_from
+from gate.verdict import Evidence, PassedVerdict
+
+MANIFEST_PATH = "seals/manifest.json"
+BASELINE_PATH = "baseline/baseline.json"
+METRICS_PATH = "evidence/metrics.json"
+ENVIRONMENT_PATH = "evidence/environment.json"
+SPEC_PATH = "policy/gate.toml"
+ENGINE_PATHS = ("artifacts/model.onnx", "artifacts/model.plan")
+MAX_FILES = 1000
+_READ = (METADATA_PATH, METRICS_PATH, ENVIRONMENT_PATH, LATENCY_PATH, BASELINE_PATH, SPEC_PATH)
+_MAX_LATENCY_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a verification.
+
+    Args:
+        name: `tree`, `statement`, `digests`, `schema`, `verdict`, `evidence`.
+        ok: Whether it holds.
+        detail: What was looked at, or what is wrong.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifiedBundle:
+    """A bundle whose every file is what was sealed, at the moment it was read.
+
+    Args:
+        folder: Where it lies.
+        metadata: Of its engine.
+        statement: That lists its files.
+        files: Every file but the seals, by its path in the bundle.
+        engine: The engine's file.
+        steps: What was verified, in order.
+    """
+
+    folder: Path
+    metadata: Metadata
+    statement: Statement
+    files: Mapping[str, FileDigest]
+    engine: Path
+    steps: tuple[Step, ...]
+
+
+def seal(
+    passed: PassedVerdict,
+    *,
+    run: CheckRun,
+    result: EngineResult,
+    engine_file: Path,
+    extra: Mapping[str, bytes | Path],
+    out: Path,
+    replace: bool = False,
+) -> VerifiedBundle:
+    """Write a bundle of an engine that passed. It appears whole, in one rename, and has been verified by then.
+
+    Sealing the same run again gives the same bytes, and finds the bundle there.
+
+    Args:
+        passed: The engine's verdict.
+        run, result: What it was made from; `result` is one of the run's engines and has its raw latencies.
+        engine_file: The engine; copied, and hashed while it is.
+        extra: More files by their path in the bundle: `policy/gate.toml`, the spec's bytes, always;
+            `baseline/baseline.json` where the engine was judged by one.
+        out: The bundle's folder.
+        replace: Take the place of another bundle that is there. What is no bundle is never replaced.
+
+    Raises:
+        BundleError: The verdict is not this engine's, a file is missing, reserved or ill-named, or `out` is taken.
+        DigestMismatch: The engine's file or the spec is not the one that was checked.
+        GateError: The disk is full or may not be written to.
+    """
+    _require_one_story(passed, run, result)
+    _require_extra(extra, run, result)
+    with_evidence: dict[str, bytes | Path] = {**extra, **_evidence(run, result)}
+    taken = _is_taken(out)
+    if taken and replace and not _is_bundle(out):
+        raise BundleError("is there already and is no bundle, so it is not replaced", where=str(out))
+    with atomic.folder(out, existing="replace" if replace else "keep") as temporary:
+        files = {engine_path_of(result.backend): _copy_engine(engine_file, temporary, result)}
+        for name, content in sorted(with_evidence.items()):
+            files[name] = _write(temporary / name, content)
+        metadata = metadata_of(run, result, dict(sorted(files.items())))
+        data = metadata_bytes(metadata)
+        files[METADATA_PATH] = _write(temporary / METADATA_PATH, data)
+        statement = pretty_json(msgspec.to_builtins(_statement(metadata, files)))
+        _write(temporary / MANIFEST_PATH, statement)
+        try:
+            verify(temporary)
+        except GateError as err:
+            raise BundleError(
+                f"engine {result.name!r} cannot be sealed: {_inside(err, temporary)}", where=str(out)
+            ) from err
+    try:
+        sealed = verify(out)
+    except BundleError as err:
+        raise BundleError(
+            "is there already and does not verify, so it was kept", where=str(out), hint=str(err)
+        ) from err
+    if sha256_hex(_read_manifest(out)) != sha256_hex(statement):
+        raise BundleError(
+            "is there already and holds another bundle",
+            where=str(out),
+            hint="Seal into another folder, or replace it.",
+        )
+    return sealed
+
+
+def engine_path_of(backend: str) -> str:
+    """The engine's path in a bundle: `artifacts/model.onnx` for ONNX Runtime, else `artifacts/model.plan`."""
+    return "artifacts/model.onnx" if backend == "onnxruntime" else "artifacts/model.plan"
+
+
+def _require_one_story(passed: PassedVerdict, run: CheckRun, result: EngineResult) -> None:
+    if result.verdict is None or passed.verdict != result.verdict:
+        raise BundleError(f"the verdict is not that of engine {result.name!r}")
+    if not any(each is result or each == result for each in run.engines):
+        raise BundleError(f"engine {result.name!r} is not one of this run's")
+    if result.engine_sha256 is None:
+        raise BundleError(f"engine {result.name!r} has no file that was checked")
+    if result.latency is not None and len(result.latency.durations_ns) != result.latency.n:
+        raise BundleError(
+            f"engine {result.name!r} has {len(result.latency.durations_ns)} raw latencies of {result.latency.n}; "
+            "seal from the run itself, not from its report"
+        )
+
+
+def _require_extra(extra: Mapping[str, bytes | Path], run: CheckRun, result: EngineResult) -> None:
+    reserved = {METADATA_PATH, LATENCY_PATH, METRICS_PATH, ENVIRONMENT_PATH, *ENGINE_PATHS}
+    for name in extra:
+        try:
+            msgspec.convert(name, RelativePath)
+        except msgspec.ValidationError as err:
+            raise BundleError(f"{name!r} cannot be a file of a bundle") from err
+        if name in reserved or name.startswith("seals/"):
+            raise BundleError(f"{name!r} is written by sealing itself")
+    if SPEC_PATH not in extra:
+        raise BundleError(f"a bundle needs the spec it was judged by, as {SPEC_PATH}")
+    if (BASELINE_PATH in extra) != (result.baseline_sha256 is not None):
+        expected = "none" if result.baseline_sha256 is None else f"{result.baseline_sha256[:12]}…"
+        raise BundleError(f"{BASELINE_PATH} does not fit: engine {result.name!r} was judged by baseline {expected}")
+
+
+def _evidence(run: CheckRun, result: EngineResult) -> dict[str, bytes]:
+    environment = {
+        "device": builtins_from(run.device),
+        "created": run.created,
+        "gate_version": run.gate_version,
+        "reference": run.provenance.reference,
+        "seconds": dict(run.seconds),
+        "notes": list(result.notes),
+    }
+    files = {
+        METRICS_PATH: pretty_json({"outputs": builtins_from(result.outputs), "task": builtins_from(result.task)}),
+        ENVIRONMENT_PATH: pretty_json(environment),
+    }
+    if result.latency is not None:
+        raw = io.BytesIO()
+        np.save(raw, np.asarray(result.latency.durations_ns, dtype=np.int64), allow_pickle=False)
+        files[LATENCY_PATH] = raw.getvalue()
+    return files
+
+
+def _copy_engine(engine_file: Path, folder: Path, result: EngineResult) -> FileDigest:
+    target = folder / engine_path_of(result.backend)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.open_regular(engine_file) as source, target.open("xb") as copy:
+        digest = atomic.digest_of_stream(source, copy_to=copy)
+    if digest.sha256 != result.engine_sha256:
+        raise DigestMismatch(
+            f"is not the engine that was checked: its sha256 is {digest.sha256[:12]}…, "
+            f"checked was {str(result.engine_sha256)[:12]}…",
+            where=str(engine_file),
+            hint="It was changed after the check; run the check again.",
+        )
+    return digest
+
+
+def _write(path: Path, content: bytes | Path) -> FileDigest:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        with path.open("xb") as file:
+            file.write(content)
+        return FileDigest(sha256=sha256_hex(content), size_bytes=len(content))
+    with atomic.open_regular(content) as source, path.open("xb") as copy:
+        return atomic.digest_of_stream(source, copy_to=copy)
+
+
+def _statement(metadata: Metadata, files: Mapping[str, FileDigest]) -> Statement:
+    return Statement(
+        subject=tuple(Subject(name, SubjectDigest(files[name].sha256)) for name in sorted(files)),
+        predicate=Predicate(
+            status=metadata.verdict.status,
+            evidence=metadata.verdict.evidence.value,
+            model_id=metadata.model_id,
+            engine=metadata.engine,
+            metadata_sha256=files[METADATA_PATH].sha256,
+            created=metadata.created,
+            gate_version=metadata.gate_version,
+        ),
+    )
+
+
+def _is_taken(out: Path) -> bool:
+    """Whether something is there that a rename does not simply replace: anything but an empty folder."""
+    try:
+        return not stat.S_ISDIR(out.lstat().st_mode) or bool(os.listdir(out))
+    except FileNotFoundError:
+        return False
+
+
+def _is_bundle(out: Path) -> bool:
+    return stat.S_ISDIR(out.lstat().st_mode) and (out / MANIFEST_PATH).is_file()
+
+
+def _inside(err: GateError, folder: Path) -> str:
+    where = str(err.where or "").removeprefix(f"{folder}{os.sep}")
+    return f"{where}: {err.message}" if where else err.message
+
+
+def _read_manifest(bundle: Path) -> bytes:
+    return atomic.read_regular(bundle / MANIFEST_PATH, limit_bytes=MAX_JSON_BYTES, single_link=True)
+
+
+def verify(
+    bundle: Path,
+    *,
+    require_evidence: Evidence | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> VerifiedBundle:
+    """Verify a bundle: nothing in it is loaded, each file is opened once, and the first thing that is wrong ends it.
+
+    Args:
+        bundle: Its folder.
+        require_evidence: The least evidence that its verdict may rest on.
+        on_step: Told each step when it is done, the one that fails included.
+
+    Raises:
+        BundleError: It is not there, or a file is missing, a link, or not strict JSON.
+        DigestMismatch: A file's bytes are not the bytes that were sealed.
+        VerificationError: Files were added or removed, or the metadata contradicts its schema or its own numbers.
+    """
+    return _Verification(bundle, require_evidence, on_step).run()
+
+
+class _Verification:
+    """The state of one verification: what each step leaves to the next."""
+
+    def __init__(
+        self, bundle: Path, require_evidence: Evidence | None, on_step: Callable[[Step], None] | None
+    ) -> None:
+        self.bundle = bundle
+        self.require_evidence = require_evidence
+        self.on_step = on_step
+        self.steps: list[Step] = []
+        self.names: tuple[str, ...] = ()
+        self.statement: Statement
+        self.metadata: Metadata
+        self.files: dict[str, FileDigest] = {}
+        self.contents: dict[str, bytes] = {}
+
+    def run(self) -> VerifiedBundle:
+        """All steps, in order."""
+        for name, step in (
+            ("tree", self.tree),
+            ("statement", self.read_statement),
+            ("digests", self.digests),
+            ("schema", self.schema),
+            ("verdict", self.verdict),
+            ("evidence", self.evidence),
+        ):
+            try:
+                done = Step(name, ok=True, detail=step())
+            except GateError as err:
+                self.tell(Step(name, ok=False, detail=_inside(err, self.bundle)))
+                raise
+            self.tell(done)
+        engine = next(name for name in self.names if name in ENGINE_PATHS)
+        return VerifiedBundle(
+            folder=self.bundle,
+            metadata=self.metadata,
+            statement=self.statement,
+            files=dict(self.files),
+            engine=self.bundle / engine,
+            steps=tuple(self.steps),
+        )
+
+    def tell(self, step: Step) -> None:
+        """Keep a step and pass it on."""
+        self.steps.append(step)
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def where(self, name: str) -> str:
+        """A file of the bundle, for errors."""
+        return str(self.bundle / name)
+
+    def tree(self) -> str:
+        """Regular files only, one link each; no links, no dot-files, no empty folders, no pipes."""
+        self.names = tuple(sorted(_names(self.bundle, "")))
+        for name in (MANIFEST_PATH, METADATA_PATH):
+            if name not in self.names:
+                raise VerificationError("is missing", where=self.where(name))
+        return f"{len(self.names)} files, regular, no links"
+
+    def read_statement(self) -> str:
+        """The list of files, which is exactly the files that are there."""
+        where = self.where(MANIFEST_PATH)
+        raw = strict_json(_read_manifest(self.bundle), where=where)
+        try:
+            self.statement = msgspec.convert(raw, Statement)
+        except msgspec.ValidationError as err:
+            raise VerificationError(f"is not a statement over a bundle: {err}", where=where) from err
+        listed = [subject.name for subject in self.statement.subject]
+        if len(set(listed)) != len(listed):
+            raise VerificationError("lists a file twice", where=where)
+        if missing := sorted(set(listed) - set(self.names)):
+            raise VerificationError("was sealed and is missing", where=self.where(missing[0]))
+        if added := sorted(set(self.names) - set(listed) - {MANIFEST_PATH}):
+            raise VerificationError("was not sealed: it was added", where=self.where(added[0]))
+        if METADATA_PATH not in listed or len([name for name in listed if name in ENGINE_PATHS]) != 1:
+            raise VerificationError("does not list one engine and its metadata", where=where)
+        return f"{len(listed)} subjects, not signed"
+
+    def digests(self) -> str:
+        """Every file hashed, from one opening of it; what later steps read is what was hashed."""
+        for subject in self.statement.subject:
+            path = self.bundle / subject.name
+            kept = io.BytesIO() if subject.name in _READ else None
+            with atomic.open_regular(path, single_link=True) as stream:
+                limit = _MAX_LATENCY_BYTES if subject.name == LATENCY_PATH else MAX_JSON_BYTES
+                if kept is not None and os.fstat(stream.fileno()).st_size > limit:
+                    raise VerificationError(f"is too long: the limit is {limit} bytes", where=str(path))
+                got = atomic.digest_of_stream(stream, copy_to=kept)
+            if got.sha256 != subject.digest.sha256:
+                raise DigestMismatch(
+                    f"its sha256 is {got.sha256[:12]}…, sealed was {subject.digest.sha256[:12]}…", where=str(path)
+                )
+            self.files[subject.name] = got
+            if kept is not None:
+                self.contents[subject.name] = kept.getvalue()
+        count = len(self.files)
+        return f"{count} of {count}"
+
+    def schema(self) -> str:
+        """The metadata is what its schema allows, and lists the same files as the statement."""
+        where = self.where(METADATA_PATH)
+        self.metadata = metadata_from_bytes(self.contents[METADATA_PATH], where=where)
+        others = {name: digest for name, digest in self.files.items() if name != METADATA_PATH}
+        for name in sorted({*others, *self.metadata.files}):
+            if others.get(name) != self.metadata.files.get(name):
+                raise DigestMismatch(f"files[{name!r}] is not what the statement lists", where=where)
+        if engine_path_of(self.metadata.backend) not in others:
+            raise VerificationError(
+                f"backend {self.metadata.backend!r} has its engine in {engine_path_of(self.metadata.backend)}",
+                where=where,
+            )
+        if self.statement != _statement(self.metadata, self.files):
+            raise VerificationError("its predicate or order is not that of the metadata", where=self.where(MANIFEST_PATH))
+        return "metadata.json, statement"
+
+    def verdict(self) -> str:
+        """Every status computed again from its numbers."""
+        where = self.where(METADATA_PATH)
+        for message in contradictions(self.metadata, self.durations()):
+            raise VerificationError(message, where=where)
+        verdict = self.metadata.verdict
+        if self.require_evidence is not None and verdict.evidence.rank < self.require_evidence.rank:
+            raise VerificationError(
+                f"its evidence is {verdict.evidence.value!r}, asked for is {self.require_evidence.value!r}", where=where
+            )
+        count = len(verdict.findings)
+        return f"{verdict.status}, {count} findings recomputed, evidence: {verdict.evidence.value}"
+
+    def durations(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """The raw latencies, or None where there are none."""
+        data = self.contents.get(LATENCY_PATH)
+        if data is None:
+            return None
+        try:
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as err:
+            raise VerificationError(f"is not an npy file: {err}", where=self.where(LATENCY_PATH)) from err
+        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != np.int64:
+            raise VerificationError("does not hold int64 [n]", where=self.where(LATENCY_PATH))
+        return array
+
+    def evidence(self) -> str:
+        """The files beside the engine say what the metadata says."""
+        digests, looked = self.metadata.digests, []
+        raw = strict_json(self.contents[METADATA_PATH])
+        for name, key in ((METRICS_PATH, "metrics"), (ENVIRONMENT_PATH, "device")):
+            content = strict_json(self.require(name), where=self.where(name))
+            value = content if key == "metrics" else content.get("device") if isinstance(content, dict) else None
+            if value != raw[key]:
+                raise VerificationError(f"differs from {key} in the metadata", where=self.where(name))
+            looked.append(key)
+        if sha256_hex(self.require(SPEC_PATH)) != digests.spec:
+            raise DigestMismatch("is not the spec that the engine was judged by", where=self.where(SPEC_PATH))
+        looked.append("spec")
+        where = self.where(BASELINE_PATH)
+        if (BASELINE_PATH in self.contents) != (digests.baseline is not None):
+            raise VerificationError("the metadata and the bundle do not agree on a baseline", where=where)
+        if BASELINE_PATH in self.contents:
+            try:
+                baseline = baseline_from_bytes(self.contents[BASELINE_PATH], where=where)
+            except BaselineError as err:
+                raise VerificationError(err.message, where=where) from err
+            if baseline.digest != digests.baseline:
+                raise DigestMismatch("is not the baseline that the engine was judged by", where=where)
+            looked.append("baseline")
+        if LATENCY_PATH in self.contents:
+            looked.append("latency")
+        return ", ".join(looked)
+
+    def require(self, name: str) -> bytes:
+        """The bytes of a file that each bundle has."""
+        if name not in self.contents:
+            raise VerificationError("is missing", where=self.where(name))
+        return self.contents[name]
+
+
+def _names(folder: Path, prefix: str, depth: int = 0) -> Iterator[str]:
+    """Paths of the files of a bundle, relative to it.
+
+    Raises:
+        BundleError: The folder is not there.
+        VerificationError: It holds a link, a dot-file, an empty folder or something that is no file.
+    """
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            raise VerificationError("is not a folder", where=str(folder))
+        with os.scandir(folder) as listing:
+            items = sorted(listing, key=lambda each: each.name)
+    except OSError as err:
+        missing = isinstance(err, FileNotFoundError)
+        raise BundleError("there is no bundle" if missing else f"cannot be read: {err}", where=str(folder)) from err
+    if not items:
+        raise VerificationError("is an empty folder", where=str(folder))
+    if len(items) > MAX_FILES or depth > 8:
+        raise VerificationError("holds more files or deeper folders than a bundle has", where=str(folder))
+    for item in items:
+        status = item.stat(follow_symlinks=False)
+        if item.name.startswith("."):
+            raise VerificationError("is a dot-file", where=item.path)
+        if stat.S_ISDIR(status.st_mode):
+            yield from _names(Path(item.path), f"{prefix}{item.name}/", depth + 1)
+        elif stat.S_ISLNK(status.st_mode):
+            raise VerificationError("is a symbolic link", where=item.path)
+        elif not stat.S_ISREG(status.st_mode):
+            raise VerificationError("is not a regular file", where=item.path)
+        elif status.st_nlink != 1:
+            raise VerificationError(f"has {status.st_nlink} hard links, may have 1", where=item.path)
+        else:
+            yield f"{prefix}{item.name}"
