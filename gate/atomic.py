@@ -45,12 +45,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary = _temporary_beside(path)
         try:
             file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            with open(file, "wb") as stream:
+            with os.fdopen(file, "wb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_SH)
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-                os.replace(temporary, path)
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -76,7 +76,7 @@ def folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] = "refu
         temporary = _temporary_beside(path)
         lock = -1
         try:
-            os.mkdir(temporary, 0o777)
+            temporary.mkdir()
             lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield temporary
@@ -99,7 +99,7 @@ def remove_stale(parent: Path) -> None:
     One that a live process holds a lock on stays, even where its pid is of another container and unknown here.
     """
     try:
-        names = os.listdir(parent)
+        names = [each.name for each in parent.iterdir()]
     except OSError:
         return
     for name in names:
@@ -117,7 +117,7 @@ def discard(path: Path) -> None:
     with _disk_errors(path):
         temporary = _temporary_beside(path)
         try:
-            os.rename(path, temporary)
+            path.rename(temporary)
         except FileNotFoundError:
             return
         _remove(temporary)
@@ -157,16 +157,16 @@ def open_regular(path: Path, *, single_link: bool = False) -> BinaryIO:
     except OSError as err:
         what = "is a symbolic link" if err.errno == errno.ELOOP else f"cannot be opened: {err.strerror}"
         raise BundleError(what, where=str(path)) from err
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError("is not a regular file", where=str(path))
-        if single_link and status.st_nlink != 1:
-            raise BundleError(f"has {status.st_nlink} hard links, may have 1", where=str(path))
-        return open(file, "rb")
-    except BaseException:
+    status = os.fstat(file)
+    wrong = None
+    if not stat.S_ISREG(status.st_mode):
+        wrong = "is not a regular file"
+    elif single_link and status.st_nlink != 1:
+        wrong = f"has {status.st_nlink} hard links, may have 1"
+    if wrong is not None:
         os.close(file)
-        raise
+        raise BundleError(wrong, where=str(path))
+    return os.fdopen(file, "rb")
 
 
 def read_regular(path: Path, *, limit_bytes: int, single_link: bool = False) -> bytes:
@@ -254,7 +254,7 @@ def _is_locked(path: Path) -> bool:
 def _remove(path: Path) -> None:
     """Remove a temporary file or folder as well as it goes; what stays is stale, and removed by a later writer."""
     try:
-        os.unlink(path)
+        path.unlink()
     except (IsADirectoryError, PermissionError):
         shutil.rmtree(path, ignore_errors=True)
     except OSError:
@@ -285,7 +285,7 @@ def _fsync_tree(root: Path) -> None:
 def _rename_new(temporary: Path, path: Path) -> bool:
     """Give the folder its name, unless something else has it; an empty folder gives way."""
     try:
-        os.rename(temporary, path)
+        temporary.rename(path)
     except OSError as err:
         if err.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             return False
@@ -305,10 +305,10 @@ def _exchange(temporary: Path, path: Path) -> None:
     ):
         return
     old = _temporary_beside(path)
-    os.rename(path, old)
+    path.rename(old)
     try:
-        os.rename(temporary, path)
+        temporary.rename(path)
     except BaseException:
-        os.rename(old, path)
+        old.rename(path)
         raise
     _remove(old)

@@ -32,6 +32,7 @@ from gate.manifest import (
 )
 from gate.results import CheckRun, EngineResult, Fingerprint, OutputMetrics
 from gate.spec import BaselineLimits, EngineSpec, Name, SpecFile
+from gate.statistics import clopper_pearson
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit
 
 DROP_PP = {"fp32": 0.1, "tf32": 0.1, "fp16": 0.1, "bf16": 0.2, "int8": 0.5}
@@ -76,7 +77,7 @@ class BaselineOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """The parity metrics of one output, as in gate.results.OutputMetrics; all finite.
 
     Args:
-        top1_agreement: Interval of top1_agree / topk_samples (Clopper-Pearson, 95 %); None where not defined.
+        top1_agreement: Interval of top1_agree / topk_samples (Clopper-Pearson, 95 % on each side); None where not defined.
     """
 
     output: str
@@ -99,7 +100,7 @@ class BaselineTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Top-1 and top-5 of the engine against labels.
 
     Args:
-        interval: Of top1 / samples (Clopper-Pearson, 95 %).
+        interval: Of top1 / samples (Clopper-Pearson, 95 % on each side).
         correct: The top-1 outcome of every sample in order, as hex of `numpy.packbits`.
     """
 
@@ -254,9 +255,7 @@ def subject_of(run: CheckRun, result: EngineResult) -> Subject:
     )
 
 
-def _subject(
-    result: EngineResult, *, case: str, samples: int, data_sha256: str, fingerprint: Fingerprint
-) -> Subject:
+def _subject(result: EngineResult, *, case: str, samples: int, data_sha256: str, fingerprint: Fingerprint) -> Subject:
     if result.build is None:
         raise BaselineError(f"engine {result.name!r} was not built")
     return Subject(
@@ -297,7 +296,11 @@ def baseline_from_result(
     """An engine's measurement in a run, as a baseline. Pure.
 
     Args:
-        who, when, why: Of the acceptance; `when` is UTC, RFC 3339, whole seconds.
+        run: The run.
+        result: The engine's part of it.
+        who: Who accepts it.
+        when: UTC, RFC 3339, whole seconds.
+        why: The reason, for whoever reads the file later.
         history: Latencies of the baseline before; the newest 20 are kept.
 
     Raises:
@@ -374,8 +377,6 @@ def _latency(run: CheckRun, result: EngineResult) -> Iterator[dict[str, object]]
 
 
 def _proportion(successes: int, trials: int) -> Interval:
-    from gate.statistics import clopper_pearson
-
     return clopper_pearson(successes, trials, alpha=0.05)
 
 
@@ -554,8 +555,12 @@ def check_against_baseline(
 
     Args:
         result: What was measured so far; its verdict is not needed.
+        engine: What the spec asks of it.
+        file: The spec.
         root: Folder of the accepted baselines.
-        samples, data_sha256: Of the evaluation samples.
+        samples: How many were compared.
+        data_sha256: Of the evaluation samples and labels.
+        evidence: How it was measured.
         fingerprint: Of the device; left out: of this machine, where the engine runs on a GPU.
     """
     try:
@@ -592,6 +597,10 @@ def baseline_findings(
 
     Args:
         baseline: As `require_comparable` accepts it; or why there is none, which is a Failure.
+        result: What was measured.
+        engine: What the spec asks of it.
+        file: The spec.
+        evidence: How it was measured.
     """
     if baseline is None:
         baseline = BaselineError("there is no accepted baseline", hint=ACCEPT)
@@ -623,9 +632,7 @@ def _limit(value: float | None, key: str, engine: EngineSpec, file: SpecFile) ->
     return Limit("at_most", value, "spec", file.engine_location(engine.name, "baseline", key))
 
 
-def _drop_finding(
-    baseline: Baseline, result: EngineResult, *, limit: Limit, evidence: Evidence
-) -> Finding | Failure:
+def _drop_finding(baseline: Baseline, result: EngineResult, *, limit: Limit, evidence: Evidence) -> Finding | Failure:
     from gate.metrics.classification import baseline_task_finding
 
     if result.task is None or baseline.task is None:
@@ -688,15 +695,16 @@ def baseline_bytes(result: EngineResult, *, run: CheckRun, root: Path) -> bytes:
     return pretty_json(msgspec.to_builtins(baseline))
 
 
-def accept(
-    run: CheckRun, *, engines: Sequence[str] = (), root: Path, who: str, when: str, why: str
-) -> AcceptResult:
+def accept(run: CheckRun, *, engines: Sequence[str] = (), root: Path, who: str, when: str, why: str) -> AcceptResult:
     """Write baselines from a run. What did not run, or fails a check other than the baseline's own, is skipped.
 
     Args:
+        run: The run, which may have been read from its report.
         engines: Names; empty: all of the run.
         root: Folder of the accepted baselines.
-        who, when, why: Who accepts, UTC in RFC 3339, and the reason.
+        who: Who accepts.
+        when: UTC, RFC 3339, whole seconds.
+        why: The reason.
 
     Raises:
         BaselineError: The reason or the name is empty, or the run has no such engine.

@@ -196,7 +196,7 @@ def _read(path: Path, *, kind: str, key: str) -> Entry:
     """
     try:
         is_folder = stat.S_ISDIR(path.lstat().st_mode)
-        names = set(os.listdir(path)) - {_RECORD} if is_folder else set()
+        names = {each.name for each in path.iterdir()} - {_RECORD} if is_folder else set()
     except OSError as err:
         raise BundleError(f"cannot be read: {err.strerror}") from err
     if not is_folder:

@@ -17,13 +17,13 @@ _LOCK = threading.RLock()
 class Chatter:
     """What was printed and warned about inside `quiet()`."""
 
-    _text: io.StringIO = field(default_factory=io.StringIO)
-    _warned: list[warnings.WarningMessage] = field(default_factory=list)
+    text: io.StringIO = field(default_factory=io.StringIO)
+    warned: list[warnings.WarningMessage] = field(default_factory=list)
 
     def tail(self, lines: int = 8) -> tuple[str, ...]:
         """The last lines, warnings first."""
-        said = [f"{each.category.__name__}: {each.message}" for each in self._warned]
-        said += [line for line in self._text.getvalue().splitlines() if line.strip()]
+        said = [f"{each.category.__name__}: {each.message}" for each in self.warned]
+        said += [line for line in self.text.getvalue().splitlines() if line.strip()]
         return tuple(said[-lines:])
 
 
@@ -42,11 +42,11 @@ def quiet() -> Iterator[Chatter]:
         try:
             with (
                 warnings.catch_warnings(record=True) as warned,
-                contextlib.redirect_stdout(chatter._text),
-                contextlib.redirect_stderr(chatter._text),
+                contextlib.redirect_stdout(chatter.text),
+                contextlib.redirect_stderr(chatter.text),
             ):
                 warnings.simplefilter("always")
-                chatter._warned = warned
+                chatter.warned = warned
                 yield chatter
         finally:
             logging.disable(disabled)

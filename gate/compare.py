@@ -27,7 +27,7 @@ from gate.tensors import Array
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999}
 
 _SEGMENT = 8192  # elements whose sums stay in float32; below OpenBLAS's threshold for threads in a dot product
-_BLOCK = 65536  # elements at a time: five buffers of them fit in 1 to 2 MiB of L2 cache
+_BLOCK = 131072  # elements at a time: smaller ones spend more on calls than they gain from the cache
 _PENDING = 4096  # samples whose values wait to be summed
 _WORST = 5
 _BINS = 8192
@@ -55,14 +55,14 @@ def kind_of(dtype: npt.DTypeLike) -> Kind:
     raise MeasurementError(f"outputs of dtype {np.dtype(dtype)} cannot be compared; give floats, integers or booleans")
 
 
-def _dot_rows(a: _Values, b: _Values) -> _Floats:
-    """The dot product of each row of `a` and `b`, [rows, n], summed in their dtype, as float64 [rows]."""
+_vecdot: Callable[..., _Values] | None = getattr(np, "vecdot", None)  # of NumPy 2.0
+
+
+def _dot_rows(a: _Values, b: _Values, out: _Values | None = None) -> _Values:
+    """The dot product of each row of `a` and `b`, [rows, n], summed in their dtype."""
     if _vecdot is not None:
-        return np.asarray(_vecdot(a, b), dtype=np.float64)
-    return np.asarray(np.einsum("ij,ij->i", a, b), dtype=np.float64)
-
-
-_vecdot: Callable[[_Values, _Values], _Values] | None = getattr(np, "vecdot", None)  # of NumPy 2.0
+        return _vecdot(a, b, out=out)
+    return np.asarray(np.einsum("ij,ij->i", a, b, out=out))
 
 
 @dataclass
@@ -82,9 +82,9 @@ class _Rows:
     @classmethod
     def zeros(cls, n: int, *, centered: bool) -> _Rows:
         """`n` rows of nothing."""
-        sums = [np.zeros(n) for _ in range(6)]
         three = (np.zeros(n), np.zeros(n), np.zeros(n)) if centered else None
-        return cls(*sums, three, np.zeros(n, np.int64), np.zeros(n, np.int64))
+        largest, absolute, dd, rr, cc, rd = np.zeros((6, n))
+        return cls(largest, absolute, dd, rr, cc, rd, three, *np.zeros((2, n), np.int64))
 
     def put(self, rows: slice | npt.NDArray[np.intp], other: _Rows) -> None:
         """Set some rows."""
@@ -188,7 +188,9 @@ class OutputAccumulator:
             )
         for who, values in (("reference", reference), ("engine", candidate)):
             if kind_of(values.dtype) != self.kind:
-                raise MeasurementError(f"output {self.name!r}: the {who}'s dtype is {values.dtype}, expected {self.kind}")
+                raise MeasurementError(
+                    f"output {self.name!r}: the {who}'s dtype is {values.dtype}, expected {self.kind}"
+                )
         if not self._batch_axis:
             reference, candidate = reference[None], candidate[None]
         if reference.ndim == 0:
@@ -289,14 +291,14 @@ class OutputAccumulator:
             mean_cosine_distance=(
                 None if not floating else self._sums["cosine"].over(self._samples) if measured else math.nan
             ),
-            centered_cosine_distance=(
-                None if self._center is None else self._worst_centered if measured else math.nan
-            ),
+            centered_cosine_distance=(None if self._center is None else self._worst_centered if measured else math.nan),
             allclose_fraction=fraction if finite else math.nan,
             allclose_atol=0.0 if not floating else math.nan if self._atol is None else self._atol,
             allclose_rtol=0.0 if not floating else math.nan if self._atol is None else self._rtol,
             mismatch_fraction=self._mismatches / self._elements if finite else math.nan,
-            quantiles=self._quantiles() if finite else dict.fromkeys(QUANTILES if self._histogram is not None else (), math.nan),
+            quantiles=self._quantiles()
+            if finite
+            else dict.fromkeys(QUANTILES if self._histogram is not None else (), math.nan),
             worst_samples=tuple(self._worst),
             top1_agree=self._top1 if all_classes else None,
             top5_agree=self._top5 if all_classes and self._top5_samples == self._samples else None,
@@ -327,69 +329,90 @@ class OutputAccumulator:
     def _float(self, reference: _Values, candidate: _Values, center: _Floats | None) -> _Rows:
         """The sums of each sample, [N, elements]; counts of elements are noted on the way."""
         n, size = reference.shape
-        rows = _Rows.zeros(n, centered=center is not None)
-        if size == 0:
-            return rows
         if size <= _SEGMENT:
-            step = max(1, _BLOCK // size)
-            for start in range(0, n, step):
-                part = slice(start, start + step)
-                rows.put(part, self._block(reference[part], candidate[part], center))
-            return rows
+            return self._short(reference, candidate, center)
+        rows = _Rows.zeros(n, centered=center is not None)
         whole = size - size % _SEGMENT
-        step = _BLOCK // _SEGMENT * _SEGMENT
-        bounds = [(start, min(start + step, whole)) for start in range(0, whole, step)]
-        if whole < size:
-            bounds.append((whole, size))
         for row in range(n):
-            for start, stop in bounds:
-                shape = (-1, min(_SEGMENT, stop - start))
-                middle = None if center is None else center[start:stop].reshape(shape)
-                segments = self._block(
-                    reference[row, start:stop].reshape(shape), candidate[row, start:stop].reshape(shape), middle
+            for part in (slice(0, whole), slice(whole, size)):
+                shape = (-1, min(_SEGMENT, part.stop - part.start))
+                if shape[1] == 0:
+                    continue
+                middle = None if center is None else center[part].reshape(shape)
+                rows.gather(
+                    row, self._short(reference[row, part].reshape(shape), candidate[row, part].reshape(shape), middle)
                 )
-                rows.gather(row, segments)
         return rows
 
-    def _block(self, reference: _Values, candidate: _Values, center: _Floats | None) -> _Rows:
-        """As `_float` for rows that fit in the cache together."""
+    def _short(self, reference: _Values, candidate: _Values, center: _Floats | None) -> _Rows:
+        """As `_float` for rows of at most a segment; `center` is [elements] or [N, elements]."""
+        n, size = reference.shape
+        if size == 0 or n == 0:
+            return _Rows.zeros(n, centered=center is not None)
         dtype = np.result_type(reference, candidate, np.float32)
-        r, c = self._as(dtype, "r", reference), self._as(dtype, "c", candidate)
-        d = self._buffer(dtype, "d", r.shape)
-        np.subtract(c, r, out=d)
-        dd, rr, rd = _dot_rows(d, d), _dot_rows(r, r), _dot_rows(r, d)
-        # Where d is small beside r the candidate's square follows from these without loss; elsewhere see `safe`.
+        middle = None if center is None else center.astype(dtype)
+        sums = np.empty((5 if center is None else 7, n), dtype)
+        step = max(1, _BLOCK // size)
+        again: list[npt.NDArray[np.intp]] = []
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            few = middle if middle is None or middle.ndim == 1 else middle[part]
+            unsafe = self._block(reference[part], candidate[part], few, sums[:, part])
+            if unsafe.size:
+                again.append(unsafe + start)
+        largest, absolute, dd, rr, rd, *two = sums.astype(np.float64)
+        # Where d is small beside r the candidate's square follows from these without loss; elsewhere see `_block`.
         cc = np.maximum(rr + 2.0 * rd + dd, 0.0)
         centered = None
-        safe = np.ones(len(r), np.bool_)
-        if center is not None:
-            t = self._buffer(dtype, "t", r.shape)
-            np.subtract(r, center.astype(dtype), out=t)
-            tt, td = _dot_rows(t, t), _dot_rows(t, d)
+        if two:
+            tt, td = two
             centered = (tt, np.maximum(tt + 2.0 * td + dd, 0.0), td)
-            if dtype == np.float32:
-                safe &= (dd == 0.0) | (dd <= 0.5 * tt)
-                safe &= (tt >= _LEAST_SQUARE) & (tt <= _LARGEST_SQUARE)
+        rows = _Rows(largest, absolute, dd, rr, cc, rd, centered, *np.zeros((2, n), np.int64))
+        step = max(1, _BLOCK // 2 // size)
+        for unsafe in again:
+            for start in range(0, len(unsafe), step):
+                index = unsafe[start : start + step]
+                wide = center if center is None or center.ndim == 1 else center[index]
+                rows.put(index, self._careful(reference[index], candidate[index], wide))
+        return rows
+
+    def _block(
+        self, reference: _Values, candidate: _Values, center: _Values | None, sums: _Values
+    ) -> npt.NDArray[np.intp]:
+        """Fill `sums` for rows that fit in the cache together: max |d|, sums of |d|, d², r², r·d, t² and t·d.
+
+        t is the reference less its centre. Returns the rows that `_careful` has to do, which are not counted here.
+        """
+        dtype = sums.dtype
+        r, c = self._as(dtype, "r", reference), self._as(dtype, "c", candidate)
+        d = self._buffer(dtype, "d", r.shape)
+        largest, absolute, dd, rr, rd = sums[:5]
+        np.subtract(c, r, out=d)
+        _dot_rows(d, d, dd)
+        _dot_rows(r, r, rr)
+        _dot_rows(r, d, rd)
+        single = dtype == np.float32
+        least = rr
+        if center is not None:
+            t = self._buffer(dtype, "bound", r.shape)
+            np.subtract(r, center, out=t)
+            _dot_rows(t, t, sums[5])
+            _dot_rows(t, d, sums[6])
+            least = np.minimum(rr, sums[5])
         np.abs(d, out=d)
-        largest = d.max(axis=1).astype(np.float64)
-        absolute = _dot_rows(d, self._ones(dtype, d.shape[1]))
-        rows = _Rows(largest, absolute, dd, rr, cc, rd, centered, *np.zeros((2, len(r)), np.int64))
-        safe &= np.isfinite(largest)
-        if dtype == np.float32:
-            safe &= (largest == 0.0) | ((dd >= _LEAST_SQUARE) & (dd <= 0.5 * rr))
-            safe &= (rr >= _LEAST_SQUARE) & (rr <= _LARGEST_SQUARE)
+        np.maximum.reduce(d, axis=1, out=largest)
+        _dot_rows(d, self._ones(dtype, d.shape), absolute)
+        safe = largest < np.inf
+        if single:
+            safe &= (dd >= _LEAST_SQUARE) | (largest == 0.0)
+            safe &= dd <= 0.5 * least
+            safe &= least >= _LEAST_SQUARE
+            safe &= rr <= _LARGEST_SQUARE
         if safe.all():
             self._count(r, d, largest)
-            return rows
-        kept, again = np.flatnonzero(safe), np.flatnonzero(~safe)
-        if kept.size:
-            self._count(r[kept], d[kept], largest[kept])
-        step = max(1, _BLOCK // 2 // r.shape[1])
-        for start in range(0, len(again), step):
-            few = again[start : start + step]
-            middle = center if center is None or center.ndim == 1 else center[few]
-            rows.put(few, self._careful(r[few], c[few], middle))
-        return rows
+        elif safe.any():
+            self._count(r[safe], d[safe], largest[safe])
+        return np.flatnonzero(~safe)
 
     def _careful(self, reference: _Values, candidate: _Values, center: _Floats | None) -> _Rows:
         """As `_block` in float64, for rows out of float32's reach and for those with elements that are not finite."""
@@ -410,12 +433,10 @@ class OutputAccumulator:
         largest = d.max(axis=1)
         largest[broken] = np.inf
         self._count(r, d, np.full(len(r), np.inf), extra=int(np.count_nonzero(neither)), neither=neither)
-        return _Rows(
-            largest, _dot_rows(d, np.ones_like(d)), dd, rr, cc, rd, centered, bad_reference, bad_candidate
-        )
+        return _Rows(largest, _dot_rows(d, np.ones_like(d)), dd, rr, cc, rd, centered, bad_reference, bad_candidate)
 
     def _count(
-        self, r: _Values, d: _Values, largest: _Floats, *, extra: int = 0, neither: _Bools | None = None
+        self, r: _Values, d: _Values, largest: _Values, *, extra: int = 0, neither: _Bools | None = None
     ) -> None:
         """Note what is counted by element: mismatches, elements within tolerance, the histogram of |d|.
 
@@ -445,7 +466,7 @@ class OutputAccumulator:
                 self._close += int(np.count_nonzero(flags))
         if self._histogram is not None:
             narrow = d if d.dtype == np.float32 else d.astype(np.float32)
-            bits = self._buffer(np.dtype(np.uint32), "bits", d.shape)
+            bits = self._buffer(np.dtype(np.intp), "bits", d.shape)
             np.right_shift(narrow.view(np.uint32), np.uint32(_SHIFT), out=bits)
             self._histogram += np.bincount(bits.ravel(), minlength=_BINS)
 
@@ -488,7 +509,7 @@ class OutputAccumulator:
     def _note_best(self, reference: _Values, candidate: _Values, rows: _Rows) -> None:
         """Top-1 and top-5 agreement; a row with an element that is not finite agrees with nothing."""
         n, classes = reference.shape
-        step = max(1, _BLOCK // classes)
+        step = max(1, (1 << 20) // classes)
         finite = rows.bad_reference + rows.bad_candidate == 0
         self._topk_samples += n
         self._top5_samples += n if classes > 5 else 0
@@ -567,10 +588,10 @@ class OutputAccumulator:
     def _flags(self, shape: tuple[int, ...]) -> _Bools:
         return self._buffer(np.dtype(np.bool_), "flags", shape)
 
-    def _ones(self, dtype: np.dtype[Any], size: int) -> _Values:
+    def _ones(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> _Values:
         held = self._buffers.get(("ones", dtype.str))
-        if held is None or held.shape[1] != size:
-            held = self._buffers["ones", dtype.str] = np.ones((1, size), dtype)
+        if held is None or held.shape != shape:
+            held = self._buffers["ones", dtype.str] = np.broadcast_to(np.ones((1, shape[1]), dtype), shape)
         return held
 
     def _as(self, dtype: np.dtype[Any], name: str, values: _Values) -> _Values:
@@ -645,4 +666,4 @@ def _integer_distance(a: _Values, b: _Values) -> _Floats:
         return (a != b).astype(np.float64)
     if a.dtype != b.dtype:
         return np.asarray(np.abs(a.astype(np.float64) - b.astype(np.float64)))
-    return (np.maximum(a, b).astype(np.uint64) - np.minimum(a, b).astype(np.uint64)).astype(np.float64)
+    return np.asarray((np.maximum(a, b).astype(np.uint64) - np.minimum(a, b).astype(np.uint64)).astype(np.float64))

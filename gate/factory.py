@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import os
 import site
 import sys
 import sysconfig
@@ -26,9 +25,7 @@ _TRACE_LINES = 6
 _LOADED = "__gate_loaded__"
 
 
-def load_callable(
-    name: str, folder: Path, *, where: str, error: type[GateError] = SpecError
-) -> Callable[..., Any]:
+def load_callable(name: str, folder: Path, *, where: str, error: type[GateError] = SpecError) -> Callable[..., Any]:
     """The function that `module:function` names, from the spec's folder first, else from the environment.
 
     Modules of two folders do not clash, even if both have a `data.py`: each folder keeps its own, and they are
@@ -62,9 +59,7 @@ def load_callable(
             raise failure_of(err, where=where, error=error, doing=f"importing {module_name!r}") from err
     found = getattr(module, function_name, None)
     if found is None:
-        callables = sorted(
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        )
+        callables = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise SpecError(
             f"module {module_name!r} has no function {function_name!r}{_nearest(function_name, callables)}",
             where=where,
@@ -256,9 +251,9 @@ def _imports_from(folder: Path) -> Iterator[None]:
 def _stamp(module: ModuleType) -> tuple[int, int] | None:
     """Change time and size of a module's file."""
     file = getattr(module, "__file__", None)
-    if not isinstance(file, str) or not os.path.exists(file):
+    if not isinstance(file, str) or not Path(file).exists():
         return None
-    status = os.stat(file)
+    status = Path(file).stat()
     return status.st_mtime_ns, status.st_size
 
 

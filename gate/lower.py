@@ -37,6 +37,9 @@ _FP16_RANGE = 32_768.0
 _AUTOCAST_BATCHES = 8
 """Batches of real samples that AutoCast looks at for values that float16 cannot hold."""
 
+_DISTRIBUTION = {"fp16": "nvidia-modelopt", "bf16": "nvidia-modelopt", "int8": "onnxruntime"}
+_INSTALL = 'pip install "trt-gate[lower]"'
+
 _LARGE_BYTES = 1_800_000_000
 
 
@@ -95,6 +98,21 @@ class LoweringRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return dict(Counter(layer.precision for layer in self.layers).most_common())
 
 
+def tool_version(precision: str) -> str:
+    """The tool that makes a precision, with its version, for a cache's key; `copy` for fp32 and tf32.
+
+    Raises:
+        LoweringError: It is not installed; the hint is the command that installs it.
+    """
+    if precision in ("fp32", "tf32"):
+        return "copy"
+    distribution = _DISTRIBUTION[precision]
+    try:
+        return f"{distribution} {importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError as err:
+        raise LoweringError(f"{precision} is made by {distribution}, which is not installed", hint=_INSTALL) from err
+
+
 def lower(
     onnx: Path, *, precision: Precision, out: Path, calibration: Iterable[NamedArrays] | None = None
 ) -> LoweringRecord:
@@ -111,18 +129,19 @@ def lower(
         LoweringError: The tool is not installed or failed, nothing was lowered, the inputs or outputs changed, or
             the calibration is missing, empty, not finite or constant.
     """
+    tool_version(precision)
     source = _load(onnx)
     with tempfile.TemporaryDirectory(prefix="gate-lower-") as name:
         folder = Path(name)
         record: CalibrationRecord | None = None
         if precision in ("fp32", "tf32"):
-            model, tool, distribution = source, "copy", None
+            model, tool = source, "copy"
         elif precision == "int8":
             model, record = _quantized(source, folder, calibration)
-            tool, distribution = "onnxruntime.quantization.quantize_static", "onnxruntime"
+            tool = "onnxruntime.quantization.quantize_static"
         else:
             model = _cast(source, folder, precision, calibration)
-            tool, distribution = "modelopt.onnx.autocast", "nvidia-modelopt"
+            tool = "modelopt.onnx.autocast"
         layers = layers_of(model)
         if precision in ("fp16", "bf16", "int8"):
             _require_lowered(model, layers, source=source, precision=precision, where=str(onnx))
@@ -130,7 +149,7 @@ def lower(
     return LoweringRecord(
         precision=precision,
         tool=tool,
-        tool_version=importlib.metadata.version(distribution) if distribution else "",
+        tool_version=importlib.metadata.version(_DISTRIBUTION[precision]) if precision in _DISTRIBUTION else "",
         opset=opset_of(model),
         layers=layers,
         calibration=record,
@@ -154,7 +173,7 @@ def _write(model: Any, out: Path, folder: Path) -> None:
     import onnx
 
     data = out.with_name(out.name + ".data")
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGE_BYTES
+    large = _is_large(model)
     final = folder / "final"
     final.mkdir()
     new = final / out.name
@@ -187,7 +206,7 @@ def _cast(source: Any, folder: Path, precision: Precision, calibration: Iterable
         except ImportError as err:
             raise LoweringError(
                 f"{precision} is made by NVIDIA Model Optimizer, which is not installed ({err})",
-                hint='pip install "trt-gate[lower]"',
+                hint=_INSTALL,
             ) from err
         try:
             model = convert_to_mixed_precision(
@@ -205,7 +224,9 @@ def _cast(source: Any, folder: Path, precision: Precision, calibration: Iterable
 def _has_fixed_or_batch_inputs(model: Any) -> bool:
     """Whether only the first axis of the inputs is dynamic, as AutoCast's reader of samples needs."""
     return all(
-        dimension.HasField("dim_value") for value in model.graph.input for dimension in value.type.tensor_type.shape.dim[1:]
+        dimension.HasField("dim_value")
+        for value in model.graph.input
+        for dimension in value.type.tensor_type.shape.dim[1:]
     )
 
 
@@ -215,7 +236,8 @@ def _ranges_for_autocast(folder: Path, calibration: Iterable[NamedArrays]) -> di
     batches.mkdir()
     count = 0
     for batch in calibration:
-        np.savez(batches / f"{count:04d}.npz", **{name: np.asarray(array) for name, array in batch.items()})
+        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch.items()}
+        np.savez(batches / f"{count:04d}.npz", **arrays)
         count += 1
         if count == _AUTOCAST_BATCHES:
             break
@@ -234,7 +256,7 @@ def _quantized(
 
     if calibration is None:
         raise LoweringError(
-            "int8 needs calibration samples, and there are none", hint="Add calibration = \"module:function\" to [data]."
+            "int8 needs calibration samples, and there are none", hint='Add calibration = "module:function" to [data].'
         )
     inputs = {
         value.name for value in source.graph.input if value.name not in {each.name for each in source.graph.initializer}
@@ -255,7 +277,7 @@ def _quantized(
         except ImportError as err:
             raise LoweringError(
                 f"int8 is made by ONNX Runtime's quantizer, which is not installed ({err})",
-                hint='pip install "trt-gate[lower]"',
+                hint=_INSTALL,
             ) from err
         onnxruntime.set_default_logger_severity(3)
 
@@ -277,7 +299,7 @@ def _quantized(
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                use_external_data_format=sum(len(each.raw_data) for each in source.graph.initializer) > _LARGE_BYTES,
+                use_external_data_format=_is_large(source),
                 extra_options={
                     "ActivationSymmetric": True,
                     "WeightSymmetric": True,
@@ -391,11 +413,11 @@ def _activation_ranges(model: Any) -> tuple[TensorRange, ...]:
     return tuple(found.values())
 
 
-def _require_lowered(
-    model: Any, layers: tuple[Layer, ...], *, source: Any, precision: Precision, where: str
-) -> None:
+def _require_lowered(model: Any, layers: tuple[Layer, ...], *, source: Any, precision: Precision, where: str) -> None:
     lowered = [
-        layer for layer in layers if layer.precision == precision and layer.type not in ("Cast", "QuantizeLinear", "DequantizeLinear")
+        layer
+        for layer in layers
+        if layer.precision == precision and layer.type not in ("Cast", "QuantizeLinear", "DequantizeLinear")
     ]
     if not lowered:
         raise LoweringError(
@@ -413,5 +435,10 @@ def _require_lowered(
 def _save(model: Any, path: Path) -> None:
     import onnx
 
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGE_BYTES
+    large = _is_large(model)
     onnx.save_model(model, str(path), save_as_external_data=large, all_tensors_to_one_file=True, location="source.data")
+
+
+def _is_large(model: Any) -> bool:
+    """Whether it is longer than a protobuf message may be."""
+    return int(model.ByteSize()) > _LARGE_BYTES

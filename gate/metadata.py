@@ -177,6 +177,8 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
     """The metadata of an engine that passed in a run.
 
     Args:
+        run: The run.
+        result: The engine's part of it.
         files: Every other file of the bundle, by its path in it.
 
     Raises:
@@ -199,7 +201,9 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
         engine=result.name,
         onnx_opset=result.onnx_opset or None,
         precision=result.precision,
-        profile={name: {"min": each["min"], "opt": each["opt"], "max": each["max"]} for name, each in run.profile.items()},
+        profile={
+            name: {"min": each["min"], "opt": each["opt"], "max": each["max"]} for name, each in run.profile.items()
+        },
         backend=result.backend,
         backend_version=build.backend_version,
         trt_version=build.backend_version if result.backend in ("tensorrt", "tensorrt_rtx") else None,
@@ -210,9 +214,7 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
         created=run.created,
         files=dict(files),
         build=build,
-        verdict=SealedVerdict(
-            status="PASSED", evidence=verdict.evidence, required=verdict.required, findings=findings
-        ),
+        verdict=SealedVerdict(status="PASSED", evidence=verdict.evidence, required=verdict.required, findings=findings),
         samples=run.samples,
         metrics=Metrics(outputs=result.outputs, task=result.task),
         latency=None if result.latency is None else _summary(result.latency),
@@ -256,9 +258,7 @@ def _number(value: float) -> Number:
 
 
 def _summary(latency: LatencyMetrics) -> LatencySummary:
-    common = {
-        name: getattr(latency, name) for name in LatencySummary.__struct_fields__ if name != "raw"
-    }
+    common = {name: getattr(latency, name) for name in LatencySummary.__struct_fields__ if name != "raw"}
     return LatencySummary(**common, raw="evidence/latency.npy")
 
 
@@ -308,6 +308,7 @@ def contradictions(metadata: Metadata, durations_ns: np.ndarray[Any, np.dtype[np
     """What in the metadata does not follow from its own numbers.
 
     Args:
+        metadata: What is said.
         durations_ns: int64 [n], every latency in nanoseconds; None where the engine was not timed.
     """
     findings = tuple(each.finding() for each in metadata.verdict.findings)

@@ -107,5 +107,7 @@ def check_delivered_precision(record: BuildRecord, *, evidence: Evidence) -> Fin
         n=len(layers),
         evidence=evidence,
         detail=detail,
-        hint="" if share >= AT_LEAST[record.precision] else f"The graph is not {record.precision}: look at these layers.",
+        hint=""
+        if share >= AT_LEAST[record.precision]
+        else f"The graph is not {record.precision}: look at these layers.",
     )

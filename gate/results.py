@@ -13,6 +13,7 @@ import msgspec
 
 from gate.engines.interface import BuildRecord
 from gate.verdict import Evidence, Failure, Finding, Status, Verdict, status_of
+from gate.wording import finding_sentence
 
 
 class OutputMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -256,13 +257,25 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def summary(self) -> str:
-        """One line for each finding that did not pass; the verdict alone where all did."""
-        lines = [
-            f"{finding.status.value}  {result.name}  {described(finding)}"
-            for result in self.engines
-            for finding in result.failing
-        ]
-        return "\n".join(lines) or f"{self.status.value}  {self.model_id}"
+        """One line a hurried reader needs: the engine, the check, and observed against limit.
+
+        `FAILED  ort-int8  parity.rel_rmse: 9.7e-03 > 5.0e-03 (gate.toml:41)`, or
+        `PASSED  digits-cnn: 4 engines, 797 samples`.
+        """
+        ran = [engine for engine in self.engines if engine.status is not None]
+        not_run = [engine.name for engine in self.engines if engine.status is None]
+        tail = f"; NOT RUN: {', '.join(not_run)}" if not_run else ""
+        if not ran:
+            return f"NOT RUN  {self.model_id}: no engine ran, so there is nothing to pass"
+        if self.passed:
+            engines = "1 engine" if len(ran) == 1 else f"{len(ran)} engines"
+            return f"PASSED  {self.model_id}: {engines}, {self.samples} samples{tail}"
+        worst = [engine for engine in ran if engine.status is self.status]
+        first = worst[0]
+        others = len([engine for engine in ran if engine.status is not Status.PASSED]) - 1
+        more = f" (and {others} more engine{'s' if others > 1 else ''})" if others else ""
+        sentence = finding_sentence(first.failing[0], precision=first.precision)
+        return f"{self.status.value}  {first.name}  {sentence}{more}{tail}"
 
     def __getitem__(self, check: str) -> Finding | Failure:
         """The finding of a check, `task.top1_drop_pp`, or `ort-fp16:task.top1_drop_pp` where several engines ran.
@@ -290,31 +303,19 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return found[0]
 
 
-def described(finding: Finding | Failure) -> str:
-    """A finding in one line: check, observed against limit, where the limit stands."""
-    if isinstance(finding, Failure):
-        return f"{finding.check}: {finding.message}"
-    unit = f" {finding.unit}" if finding.unit else ""
-    place = f" ({finding.limit.location or finding.limit.source})"
-    return (
-        f"{finding.check}: {finding.estimate:.4g}{unit}, allowed {finding.limit.symbol} "
-        f"{finding.limit.value:.4g}{unit}{place}"
-    )
-
-
 def builtins_from(value: object) -> Any:
     """A struct as dicts, lists, strings and finite numbers, for JSON.
 
     `durations_ns` and `engine_path` are left out, and a finding carries its computed `status` for readers.
     """
     if isinstance(value, (Finding, Failure, EngineResult, CheckRun, Verdict)):
-        raw = {name: builtins_from(getattr(value, name)) for name in value.__struct_fields__ if name not in _NOT_STORED}
+        raw = {name: builtins_from(getattr(value, name)) for name in value.__struct_fields__ if name not in NOT_STORED}
         if isinstance(value, (Finding, Failure)):
             raw = {"type": "finding" if isinstance(value, Finding) else "failure", **raw}
         status = None if value.status is None else value.status.value
         return {**raw, "status": status}
     if isinstance(value, msgspec.Struct):
-        return {name: builtins_from(getattr(value, name)) for name in value.__struct_fields__ if name not in _NOT_STORED}
+        return {name: builtins_from(getattr(value, name)) for name in value.__struct_fields__ if name not in NOT_STORED}
     if isinstance(value, dict):
         return {key: builtins_from(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -326,7 +327,7 @@ def builtins_from(value: object) -> Any:
     return value
 
 
-_NOT_STORED = frozenset({"durations_ns", "engine_path"})
+NOT_STORED = frozenset({"durations_ns", "engine_path"})
 
 
 def run_from_builtins(raw: Any) -> CheckRun:

@@ -215,7 +215,9 @@ def samples_to_resolve(delta: float, z: float = Z_95) -> int:
     return n
 
 
-def percentile_interval(sorted_values: Sequence[float] | npt.NDArray[np.generic], p: float, alpha: float = 0.01) -> Interval:
+def percentile_interval(
+    sorted_values: Sequence[float] | npt.NDArray[np.generic], p: float, alpha: float = 0.01
+) -> Interval:
     """Interval of a percentile as order statistics, so that comparing it with a budget is MLPerf LoadGen's rule.
 
     With t of n values over a budget, `upper <= budget` exactly where `BinomCDF(t; n, 1-p) <= alpha` (pass), and

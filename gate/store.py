@@ -113,7 +113,8 @@ def seal(
 
     Args:
         passed: The engine's verdict.
-        run, result: What it was made from; `result` is one of the run's engines and has its raw latencies.
+        run: What it was made from.
+        result: One of the run's engines, with its raw latencies.
         engine_file: The engine; copied, and hashed while it is.
         extra: More files by their path in the bundle: `policy/gate.toml`, the spec's bytes, always;
             `baseline/baseline.json` where the engine was judged by one.
@@ -121,12 +122,13 @@ def seal(
         replace: Take the place of another bundle that is there. What is no bundle is never replaced.
 
     Raises:
-        BundleError: The verdict is not this engine's, a file is missing, reserved or ill-named, or `out` is taken.
-        DigestMismatch: The engine's file or the spec is not the one that was checked.
+        BundleError: The verdict is not this engine's, a file is missing, reserved or ill-named, the spec or the baseline
+            is not the one it was judged by, or `out` is taken.
+        DigestMismatch: The engine's file is not the one that was checked.
         GateError: The disk is full or may not be written to.
     """
     _require_one_story(passed, run, result)
-    _require_extra(extra, run, result)
+    _require_extra(extra, result)
     with_evidence: dict[str, bytes | Path] = {**extra, **_evidence(run, result)}
     taken = _is_taken(out)
     if taken and replace and not _is_bundle(out):
@@ -180,7 +182,7 @@ def _require_one_story(passed: PassedVerdict, run: CheckRun, result: EngineResul
         )
 
 
-def _require_extra(extra: Mapping[str, bytes | Path], run: CheckRun, result: EngineResult) -> None:
+def _require_extra(extra: Mapping[str, bytes | Path], result: EngineResult) -> None:
     reserved = {METADATA_PATH, LATENCY_PATH, METRICS_PATH, ENVIRONMENT_PATH, *ENGINE_PATHS}
     for name in extra:
         try:
@@ -259,7 +261,7 @@ def _statement(metadata: Metadata, files: Mapping[str, FileDigest]) -> Statement
 def _is_taken(out: Path) -> bool:
     """Whether something is there that a rename does not simply replace: anything but an empty folder."""
     try:
-        return not stat.S_ISDIR(out.lstat().st_mode) or bool(os.listdir(out))
+        return not stat.S_ISDIR(out.lstat().st_mode) or any(out.iterdir())
     except FileNotFoundError:
         return False
 
@@ -301,9 +303,7 @@ def verify(
 class _Verification:
     """The state of one verification: what each step leaves to the next."""
 
-    def __init__(
-        self, bundle: Path, require_evidence: Evidence | None, on_step: Callable[[Step], None] | None
-    ) -> None:
+    def __init__(self, bundle: Path, require_evidence: Evidence | None, on_step: Callable[[Step], None] | None) -> None:
         self.bundle = bundle
         self.require_evidence = require_evidence
         self.on_step = on_step
@@ -411,7 +411,9 @@ class _Verification:
                 where=where,
             )
         if self.statement != _statement(self.metadata, self.files):
-            raise VerificationError("its predicate or order is not that of the metadata", where=self.where(MANIFEST_PATH))
+            raise VerificationError(
+                "its predicate or order is not that of the metadata", where=self.where(MANIFEST_PATH)
+            )
         return "metadata.json, statement"
 
     def verdict(self) -> str:

@@ -95,9 +95,7 @@ def sample(
             gc.enable()
     if observer is not None and len(durations) > told:
         observer.advance(len(durations) - told)
-    return RawDurations(
-        durations_ns=tuple(durations), warm_up=warm_up, clock=_name_of(clock), stopped_by=stopped_by
-    )
+    return RawDurations(durations_ns=tuple(durations), warm_up=warm_up, clock=_name_of(clock), stopped_by=stopped_by)
 
 
 def _warm_up(call: Callable[[], None], clock: Clock, duration_ns: int) -> int:

@@ -105,15 +105,11 @@ def _require_dtype(name: str, array: Array, *, expected: str) -> None:
 def _require_shape(name: str, array: Array, *, spec: GateSpec, sizes: dict[str, tuple[str, int]]) -> None:
     asked = spec.inputs[name]
     if array.ndim != len(asked.shape):
-        raise RunError(
-            f"input {name!r} has {array.ndim} axes {list(array.shape)}, the spec has {_shape(asked.shape)}"
-        )
+        raise RunError(f"input {name!r} has {array.ndim} axes {list(array.shape)}, the spec has {_shape(asked.shape)}")
     for axis, (size, wanted) in enumerate(zip(array.shape, asked.shape, strict=True)):
         if isinstance(wanted, int):
             if size != wanted:
-                raise RunError(
-                    f"input {name!r} is {list(array.shape)}: axis {axis} is {size}, the spec has {wanted}"
-                )
+                raise RunError(f"input {name!r} is {list(array.shape)}: axis {axis} is {size}, the spec has {wanted}")
             continue
         allowed = asked.axes[wanted]
         if not allowed.min <= size <= allowed.max:

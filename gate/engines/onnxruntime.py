@@ -57,9 +57,7 @@ class OnnxRuntimeBackend:
                 return importlib.metadata.version(distribution)
             except importlib.metadata.PackageNotFoundError:
                 continue
-        raise BackendUnavailable(
-            "backend 'onnxruntime' is not installed", hint='pip install "trt-gate[onnxruntime]"'
-        )
+        raise BackendUnavailable("backend 'onnxruntime' is not installed", hint='pip install "trt-gate[onnxruntime]"')
 
     def runs_here(self) -> Evidence | None:
         """`host`: it runs on any CPU."""

@@ -115,7 +115,9 @@ class TensorRTBackend:
             trt.init_libnvinfer_plugins(logger, "")
         builder = _required(trt.Builder(logger), "cannot be started", log, self.name)
         typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
-        network = _required(builder.create_network(_network_flags(trt, version, typed)), "has no network", log, self.name)
+        network = _required(
+            builder.create_network(_network_flags(trt, version, typed)), "has no network", log, self.name
+        )
         parser = trt.OnnxParser(network, logger)
         self._parse(parser, onnx, log)
         config = builder.create_builder_config()
@@ -224,9 +226,7 @@ class TensorRTBackend:
         if engine is None:
             return ()
         inspector = engine.create_engine_inspector()
-        return layers_of_inspector(
-            inspector.get_engine_information(trt.LayerInformationFormat.JSON), tf32=tf32
-        )
+        return layers_of_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), tf32=tf32)
 
     def _command(self, onnx: Path, out: Path, *, spec: GateSpec, engine: EngineSpec, typed: bool) -> str:
         """The same build by the vendor's tool; file names without folders, which differ between machines."""
@@ -235,10 +235,7 @@ class TensorRTBackend:
         dynamic = {name: each for name, each in spec.inputs.items() if each.axes}
         if dynamic:
             for which in ("min", "opt", "max"):
-                shapes = ",".join(
-                    f"{name}:{'x'.join(map(str, each.sized(which)))}"
-                    for name, each in dynamic.items()
-                )
+                shapes = ",".join(f"{name}:{'x'.join(map(str, each.sized(which)))}" for name, each in dynamic.items())
                 parts.append(f"--{which}Shapes={shapes}")
         if self.name == "tensorrt":
             if typed:

@@ -1,0 +1,1 @@
+"""Reports: one file per format. They show what gate.results holds and decide nothing."""

@@ -1,0 +1,189 @@
+"""report.md: what a pull request shows, and the annotations of GitHub Actions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from gate.report.table import HEADINGS, device_text, rows
+from gate.report.terminal import next_command
+from gate.results import CheckRun, EngineResult
+from gate.verdict import Failure, Finding, Status
+from gate.wording import (
+    MISSING,
+    advice,
+    anchor,
+    failure_lines,
+    finding_sentence,
+    interval_text,
+    limit_source,
+    number,
+    status_word,
+    told_apart,
+    with_unit,
+)
+
+_LOCATION = re.compile(r"(?P<file>.+):(?P<line>\d+)")
+
+
+def markdown(run: CheckRun) -> str:
+    """The report of a run, in GitHub's Markdown; its first line is the verdict with the reason."""
+    lines = [f"**{_text(run.summary)}**", ""]
+    command = next_command(run)
+    if command:
+        lines += [f"Next: `{command}`", ""]
+    lines += [
+        f"`{run.model_id}`, {run.samples} samples, reference: {_text(run.provenance.reference)}, "
+        f"device: {_text(device_text(run.device))}",
+        "",
+        *_table(HEADINGS, [row.cells for row in rows(run)]),
+    ]
+    for result in run.engines:
+        if result.status is None:
+            lines += ["", f"**NOT RUN** `{result.name}`: {_text(result.not_run or 'no reason was given')}"]
+        elif result.status is not Status.PASSED:
+            lines += ["", *_explained(result)]
+    for result in run.engines:
+        if result.verdict is not None:
+            lines += ["", *_details(result)]
+    lines += ["", *_provenance(run)]
+    return "\n".join(lines) + "\n"
+
+
+def github_annotations(run: CheckRun) -> tuple[str, ...]:
+    """A line for each finding that did not pass, in the words of GitHub Actions: shown beside the spec's line."""
+    found: list[str] = []
+    for result in run.engines:
+        for finding in result.failing:
+            location = finding.limit.location if isinstance(finding, Finding) else None
+            match = _LOCATION.fullmatch(location) if location else None
+            file, line = (match["file"], match["line"]) if match else (run.spec_path, "1")
+            title = f"{finding.status.value} {result.name} {finding.check}"
+            message = "\n".join((finding_sentence(finding, precision=result.precision), *failure_lines(finding)))
+            found.append(
+                f"::error file={_property(file)},line={line},title={_property(title)}::{_data(message)}"
+            )
+    return tuple(found)
+
+
+def _explained(result: EngineResult) -> Iterator[str]:
+    yield f"**{result.status.value if result.status else ''}** `{result.name}`"
+    yield ""
+    for finding in result.failing:
+        sentence = _text(finding_sentence(finding, precision=result.precision))
+        yield f"- {finding.status.value} {sentence} ([what it means]({anchor(finding.check)}))"
+        lines = failure_lines(finding)
+        if isinstance(finding, Failure) and lines:
+            yield ""
+            yield "  ```text"
+            yield from (f"  {line.replace('```', '` ` `')}" for line in lines)
+            yield "  ```"
+        else:
+            yield from (f"  {_text(line)}" for line in lines)
+        if advice(finding):
+            yield f"  {_text(' '.join(advice(finding).split()))}"
+    for note in result.notes:
+        yield f"- {_text(note)}"
+
+
+def _details(result: EngineResult) -> Iterator[str]:
+    findings = () if result.verdict is None else result.verdict.findings
+    count = f"{len(findings)} finding{'' if len(findings) == 1 else 's'}"
+    yield f"<details><summary>{result.name}: {status_word(result.status, result.evidence)}, {count}</summary>"
+    yield ""
+    yield from _table(
+        ("check", "status", "observed", "interval", "limit", "limit from", "n", "evidence"),
+        [_finding_cells(finding, result) for finding in findings],
+    )
+    for output in result.outputs:
+        worst = ", ".join(f"{index} ({error:.1e})" for index, error in output.worst_samples[:5])
+        yield ""
+        yield (
+            f"Output `{output.output}`: {output.samples} samples, {output.elements} elements, "
+            f"max \\|d\\| {number(output.max_abs)}, rel_rmse {number(output.rel_rmse)}"
+            + (f"; worst samples (relative error): {worst}" if worst else "")
+        )
+    if result.latency is not None:
+        latency = result.latency
+        yield ""
+        yield (
+            f"Latency ({latency.timed}, batch {latency.batch}, n = {latency.n}, {latency.sessions} process"
+            f"{'' if latency.sessions == 1 else 'es'}, {latency.warm_up} warm-up): "
+            f"p50 {number(latency.p50_ms)} ms, p95 {number(latency.p95_ms)} ms, p99 {number(latency.p99_ms)} ms, "
+            f"max {number(latency.max_ms)} ms, {latency.throughput:.0f} samples/s"
+        )
+    for note in result.notes:
+        yield ""
+        yield _text(note)
+    yield ""
+    yield "</details>"
+
+
+def _finding_cells(finding: Finding | Failure, result: EngineResult) -> tuple[str, ...]:
+    if isinstance(finding, Failure):
+        message = _text(" ".join(finding.message.split()))[:300]
+        return (finding.check, finding.status.value, message, MISSING, MISSING, MISSING, "0", finding.evidence.value)
+    observed, allowed = told_apart((finding.estimate, finding.limit.value))
+    return (
+        finding.check,
+        finding.status.value,
+        with_unit(observed, finding.unit),
+        interval_text(finding) or "exact",
+        f"{finding.limit.symbol} {with_unit(allowed, finding.unit)}",
+        limit_source(finding.limit, result.precision),
+        str(finding.n),
+        finding.evidence.value,
+    )
+
+
+def _provenance(run: CheckRun) -> Iterator[str]:
+    source = run.provenance
+    yield "<details><summary>provenance and digests</summary>"
+    yield ""
+    facts = [
+        ("spec", f"{run.spec_path} (sha256 {source.spec_sha256})"),
+        ("git", source.git or "not a checkout"),
+        ("data sha256", source.data_sha256),
+        ("reference sha256", source.reference_sha256),
+        ("weights sha256", source.weights_sha256 or "none: stored outputs"),
+        ("seed", str(source.seed)),
+        ("created", run.created),
+        ("gate", run.gate_version),
+        ("device", f"{device_text(run.device)}, {run.device.os}, Python {run.device.python}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in sorted(run.device.versions.items()))),
+        ("time", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in run.seconds.items())),
+        ("reused", ", ".join(run.reused) or "nothing"),
+    ]
+    for result in run.engines:
+        if result.engine_sha256 is not None:
+            reused = f", reused: {', '.join(result.reused)}" if result.reused else ""
+            facts.append((f"engine {result.name} sha256", f"{result.engine_sha256}{reused}"))
+        if result.baseline_sha256 is not None:
+            facts.append((f"baseline of {result.name} sha256", result.baseline_sha256))
+    yield from _table(("what", "value"), facts)
+    yield ""
+    yield "</details>"
+
+
+def _table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(headings) + " |"
+    yield "|" + "---|" * len(headings)
+    for row in body:
+        yield "| " + " | ".join(_text(cell) for cell in row) + " |"
+
+
+def _text(text: str) -> str:
+    """Text that Markdown and HTML read as it stands."""
+    flat = " ".join(text.split())
+    escaped = flat.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    return re.sub(r"([|*`\[\]])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda match: f"\\{match[0]}", escaped)
+
+
+def _data(text: str) -> str:
+    """Source: actions/toolkit, packages/core/src/command.ts, escapeData."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    """Source: actions/toolkit, packages/core/src/command.ts, escapeProperty."""
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

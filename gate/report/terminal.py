@@ -1,0 +1,318 @@
+"""The screen after a check, as text, and the progress shown while it runs.
+
+`render` is pure. Its first line is what a hurried reader needs; nothing in it is wrapped, so that a log can be searched.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from gate.errors import ExitCode
+from gate.report.table import HEADINGS, NOT_RUN_HERE, device_text, rows
+from gate.results import CheckRun, EngineResult
+from gate.verdict import Failure, Finding, Status
+from gate.wording import (
+    advice,
+    anchor,
+    failure_lines,
+    finding_sentence,
+    interval_text,
+    limit_source,
+    status_word,
+    told_apart,
+    with_unit,
+)
+
+if TYPE_CHECKING:
+    from gate.pipeline import Observer
+
+INDENT = " " * 8
+GAP = "  "
+DROPPED_WHEN_NARROW = ("evidence", "size")
+"""Columns that a narrow terminal does without; report.md has them all."""
+MOST_OTHERS = 8
+
+_COLOURED = re.compile(r"\b(PASSED|FAILED|INCONCLUSIVE|NOT RUN|REFUSED)\b")
+_STYLES = {
+    "PASSED": "bold green",
+    "FAILED": "bold red",
+    "INCONCLUSIVE": "bold yellow",
+    "NOT RUN": "bold magenta",
+    "REFUSED": "bold red",
+}
+
+
+def exit_code_of(status: Status) -> ExitCode:
+    """What the command returns for a run of that status."""
+    return {
+        Status.PASSED: ExitCode.PASSED,
+        Status.FAILED: ExitCode.FAILED,
+        Status.INCONCLUSIVE: ExitCode.INCONCLUSIVE,
+    }[status]
+
+
+def next_command(run: CheckRun) -> str | None:
+    """The command that looks closer at the first engine that did not pass; None where all passed."""
+    first = _first_failing(run)
+    return None if first is None else f"gate check {_quoted(run.spec_path)} --engine {first.name} --verbose"
+
+
+def headline(run: CheckRun) -> str:
+    """The first line: the engine, the check, observed against limit, and the next command."""
+    command = next_command(run)
+    return f"{run.summary}   next: {command}" if command else run.summary
+
+
+def render(run: CheckRun, *, report: str | None = None, verbose: bool = False, width: int | None = None) -> str:
+    """The whole screen.
+
+    Args:
+        run: What was checked.
+        report: Path of the report to name in the last line; None where none was written.
+        verbose: List every finding with its limit and where that comes from.
+        width: Columns of the terminal; None: as wide as it needs.
+    """
+    reused = f"   reused: {', '.join(run.reused)}" if run.reused and "reused" not in run.provenance.reference else ""
+    lines = [
+        headline(run),
+        "",
+        f"{run.model_id}  {run.samples} samples  reference: {run.provenance.reference}{reused}"
+        f"   device: {device_text(run.device)}",
+        "",
+        *_table(run, width),
+    ]
+    for result in run.engines:
+        if result.status is None:
+            lines += ["", f"NOT RUN  {result.name}  {result.not_run or 'no reason was given'}"]
+        elif result.status is not Status.PASSED:
+            lines += ["", *_explained(run, result)]
+    if verbose:
+        for result in run.engines:
+            lines += ["", *_all_findings(result)]
+    defaults = _default_limits(run)
+    if defaults and not verbose:
+        lines += ["", defaults]
+    code = _exit_code(run)
+    last = f"exit {int(code)} ({code.name.lower()})"
+    lines += ["", f"report: {report}          {last}" if report else last]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _exit_code(run: CheckRun) -> ExitCode:
+    ran = any(result.status is not None for result in run.engines)
+    return exit_code_of(run.status) if ran else ExitCode.INCONCLUSIVE
+
+
+def _first_failing(run: CheckRun) -> EngineResult | None:
+    for status in (Status.FAILED, Status.INCONCLUSIVE):
+        for result in run.engines:
+            if result.status is status:
+                return result
+    return None
+
+
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)
+
+
+def _table(run: CheckRun, width: int | None) -> Iterator[str]:
+    headings: tuple[str, ...] = HEADINGS
+    body = [row.cells for row in rows(run)]
+    table = _columns([HEADINGS, *body])
+    for dropped in DROPPED_WHEN_NARROW:
+        if width is None or len(table[0]) <= width:
+            break
+        kept = [index for index, heading in enumerate(headings) if heading != dropped]
+        headings = tuple(headings[index] for index in kept)
+        body = [tuple("not run" if row[index] == NOT_RUN_HERE else row[index] for index in kept) for row in body]
+        table = _columns([headings, *body])
+    yield from table
+
+
+def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equal length, with each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [GAP + GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
+def _explained(run: CheckRun, result: EngineResult) -> Iterator[str]:
+    """Why an engine did not pass: the first finding in full, the others in a line each."""
+    first, *others = result.failing
+    yield f"{first.status.value}  {result.name}  {finding_sentence(first, precision=result.precision)}"
+    for line in _details(first, result):
+        yield f"{INDENT}{line}"
+    for other in others[:MOST_OTHERS]:
+        yield f"{INDENT}also {other.status.value}: {finding_sentence(other, precision=result.precision)}"
+    if len(others) > MOST_OTHERS:
+        yield f"{INDENT}also {len(others) - MOST_OTHERS} more; --verbose lists them"
+    for note in result.notes:
+        yield f"{INDENT}{note}"
+    if advice(first):
+        for line in advice(first).splitlines():
+            yield f"{INDENT}{line}"
+    yield (
+        f"{INDENT}next: gate check {_quoted(run.spec_path)} --engine {result.name} --verbose   ·   {anchor(first.check)}"
+    )
+
+
+def _details(finding: Finding | Failure, result: EngineResult) -> Iterator[str]:
+    yield from failure_lines(finding)
+    if not isinstance(finding, Finding) or not finding.check.startswith("parity.") or "sample" in finding.detail:
+        return
+    _, bracket, output = finding.check.rstrip("]").partition("[")
+    for each in result.outputs:
+        if each.worst_samples and (not bracket or each.output == output):
+            worst = ", ".join(f"{index} ({error:.1e})" for index, error in each.worst_samples[:3])
+            yield f"worst samples of output {each.output!r}: {worst} (relative error)"
+
+
+def _all_findings(result: EngineResult) -> Iterator[str]:
+    yield f"{result.name}  {result.backend} {result.precision}: {status_word(result.status, result.evidence)}"
+    for finding in () if result.verdict is None else result.verdict.findings:
+        if isinstance(finding, Failure):
+            yield f"{GAP}{finding.status.value:<12}  {finding_sentence(finding)}"
+            continue
+        observed, allowed = told_apart((finding.estimate, finding.limit.value))
+        interval = interval_text(finding)
+        between = f" [{interval}]" if interval else ""
+        yield (
+            f"{GAP}{finding.status.value:<12}  {finding.check}: {with_unit(observed, finding.unit)}{between}, limit "
+            f"{finding.limit.symbol} {with_unit(allowed, finding.unit)} "
+            f"({limit_source(finding.limit, result.precision)}), n = {finding.n}, {finding.evidence.value}"
+        )
+    for note in result.notes:
+        yield f"{GAP}{note}"
+    if result.reused:
+        yield f"{GAP}reused: {', '.join(result.reused)}"
+
+
+def _default_limits(run: CheckRun) -> str:
+    names = [
+        result.name
+        for result in run.engines
+        if result.verdict is not None
+        and any(isinstance(each, Finding) and each.limit.source == "default" for each in result.verdict.findings)
+    ]
+    return f"default limits of the precision applied to {', '.join(names)}; --verbose lists them" if names else ""
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Print a screen: with colours on a terminal unless NO_COLOR is set, and without wrapping anywhere."""
+    if not _is_terminal(stream):
+        stream.write(text)
+        stream.flush()
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=stream, soft_wrap=True, highlight=False)
+    shown = Text(text.rstrip("\n"))
+    for match in _COLOURED.finditer(shown.plain):
+        shown.stylize(_STYLES[match[1]], match.start(), match.end())
+    console.print(shown, soft_wrap=True)
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream is; None where it is none."""
+    if not _is_terminal(stream):
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+@contextmanager
+def progress(stream: TextIO | None = None) -> Iterator[Observer]:
+    """An observer for the time of a check: bars with an ETA on a terminal, else one plain line a stage."""
+    stream = sys.stderr if stream is None else stream
+    if not _is_terminal(stream):
+        yield PlainProgress(stream)
+        return
+    bars = Bars(stream)
+    try:
+        yield bars
+    finally:
+        bars.done()
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    import os
+
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class PlainProgress:
+    """One line a stage, for logs: `build       ort-fp16`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> None:  # noqa: ARG002
+        """A stage begins."""
+        self._write(f"{name:<11} {engine or ''}")
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps are not shown in a log."""
+
+    def note(self, text: str) -> None:
+        """Something a reader should know."""
+        self._write(f"{'note':<11} {text}")
+
+    def done(self) -> None:
+        """The last stage ended."""
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line.rstrip() + "\n")
+        self._stream.flush()
+
+
+class Bars:
+    """A bar for the current stage, with how far it is and how long it will take; gone when the check ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns: Sequence[Any] = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self._progress = Progress(*columns, console=Console(file=stream), transient=True)
+        self._task: Any = None
+        self._began = time.monotonic()
+        self._running = False
+
+    def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> None:
+        """A stage begins: its bar takes the place of the one before."""
+        if not self._running:
+            self._progress.start()
+            self._running = True
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(f"{name:<11} {engine or ''}", total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        """So many steps are done."""
+        if self._task is not None:
+            self._progress.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        """A line above the bar that stays."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def done(self) -> None:
+        """Take the bar away."""
+        if self._running:
+            self._progress.stop()
+            self._running = False
+            self._task = None

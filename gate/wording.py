@@ -1,0 +1,150 @@
+"""How numbers, findings and failures read: one wording for the terminal, the Markdown report and the tests.
+
+Pure. A number is shown with its unit, and with as many digits as it takes to see on which side of its limit it lies.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gate.verdict import Evidence, Failure, Finding, Limit, Status
+
+MISSING = "-"
+MOST_DIGITS = 17
+FINDINGS_PAGE = "docs/findings.md"
+
+
+def number(value: float, *, digits: int = 2) -> str:
+    """A number with so many significant digits: `9.7e-03`, `0.34`, `512`."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-2 or size >= 1e6:
+        return f"{value:.{digits - 1}e}"
+    if float(value).is_integer():
+        return f"{value:.0f}"
+    decimals = max(digits - 1 - math.floor(math.log10(size)), 0)
+    return f"{value:.{max(decimals, 2 if size >= 1e-1 else 0)}f}"
+
+
+def with_unit(text: str, unit: str) -> str:
+    """`0.12 pp`; a ratio has no unit."""
+    return f"{text} {unit}" if unit else text
+
+
+def told_apart(values: tuple[float, ...]) -> tuple[str, ...]:
+    """Numbers with the fewest digits, at least two, that show different values as different texts."""
+    distinct = len({value for value in values if not math.isnan(value)})
+    shown: tuple[str, ...] = ()
+    for digits in range(2, MOST_DIGITS + 1):
+        shown = tuple(number(value, digits=digits) for value in values)
+        if len({text for text in shown if text != "NaN"}) == distinct:
+            return shown
+    return tuple(repr(value) for value in values)
+
+
+def limit_source(limit: Limit, precision: str | None = None) -> str:
+    """Where a limit comes from: `gate.toml:41`, `default for fp16`, `baseline`."""
+    if limit.location is not None:
+        return limit.location
+    if limit.source == "default" and precision is not None:
+        return f"default for {precision}"
+    return limit.source
+
+
+def interval_text(finding: Finding) -> str:
+    """The interval in words, with the unit; empty where it is a single value."""
+    lower, upper = finding.interval.lower, finding.interval.upper
+    if lower == upper:
+        return ""
+    low, high = (with_unit(number(value, digits=3), finding.unit) for value in (lower, upper))
+    if math.isinf(lower) and math.isinf(upper):
+        return "unbounded"
+    if math.isinf(lower):
+        return f"up to {high}"
+    if math.isinf(upper):
+        return f"at least {low}"
+    return f"{number(lower, digits=3)} to {high}"
+
+
+def finding_sentence(finding: Finding | Failure, *, precision: str | None = None) -> str:
+    """One line: the check, observed against limit, and where the limit stands.
+
+    `parity.rel_rmse: 9.7e-03 > 5.0e-03 (gate.toml:41)`.
+    """
+    if isinstance(finding, Failure):
+        return f"{finding.check}: {_first_line(finding.message)}"
+    limit, estimate = finding.limit, finding.estimate
+    source = f"({limit_source(limit, precision)})"
+    observed, allowed = told_apart((estimate, limit.value))
+    allowed = with_unit(allowed, finding.unit)
+    observed = with_unit(observed, finding.unit)
+    interval = interval_text(finding)
+    measured = f"{observed} [{interval}]" if interval else observed
+    if finding.status is Status.INCONCLUSIVE:
+        return f"{finding.check}: {measured}, limit {limit.symbol} {allowed} {source}"
+    if finding.n <= 0:
+        return f"{finding.check}: nothing was measured, limit {limit.symbol} {allowed} {source}"
+    broken = estimate > limit.value if limit.kind == "at_most" else estimate < limit.value
+    if finding.status is Status.FAILED and not broken:
+        return f"{finding.check}: {measured}, limit {limit.symbol} {allowed} {source}"
+    symbol = {"at_most": ">", "at_least": "<"}[limit.kind] if broken else limit.symbol
+    return f"{finding.check}: {measured} {symbol} {allowed} {source}"
+
+
+def failure_lines(finding: Finding | Failure) -> tuple[str, ...]:
+    """What is left of a failure's message after its first line, such as the compiler's log; or a finding's detail."""
+    if isinstance(finding, Failure):
+        return tuple(line.rstrip() for line in finding.message.splitlines()[1:] if line.strip())
+    return tuple(line.rstrip() for line in finding.detail.splitlines() if line.strip())
+
+
+def anchor(check: str) -> str:
+    """Where docs/findings.md explains a check: `docs/findings.md#parity-rel_rmse`."""
+    name = check.partition("[")[0]
+    group = name.partition(".")[0]
+    return f"{FINDINGS_PAGE}#{group if group in ('latency', 'metamorphic') else name.replace('.', '-')}"
+
+
+def advice(finding: Finding | Failure) -> str:
+    """The finding's hint, unless it only says where it is documented."""
+    hint = finding.hint.strip()
+    return "" if hint.startswith(FINDINGS_PAGE) else hint
+
+
+def status_word(status: Status | None, evidence: Evidence | None) -> str:
+    """The verdict as it reads in a table: `PASSED (preflight only)`, `NOT RUN`."""
+    if status is None:
+        return "NOT RUN"
+    return f"{status.value} (preflight only)" if evidence is Evidence.PREFLIGHT else status.value
+
+
+def size_text(size_bytes: int | None) -> str:
+    """A file's size: `327 KiB`, `4.2 MiB`."""
+    if size_bytes is None:
+        return MISSING
+    if size_bytes < 1024:
+        return f"{size_bytes} B"
+    if size_bytes < 1024**2:
+        return f"{size_bytes / 1024:.0f} KiB"
+    if size_bytes < 1024**3:
+        return f"{size_bytes / 1024**2:.1f} MiB"
+    return f"{size_bytes / 1024**3:.2f} GiB"
+
+
+def belongs(check: str, group: str) -> bool:
+    """Whether a finding of `check` is part of `group`, or a failure of the whole that `group` is a part of.
+
+    `parity.rel_rmse[boxes]` belongs to `parity`; a failure of `latency` belongs to `latency.p99_ms`. Whole parts of
+    the dotted name are compared: `task.top1_drop_pp` does not belong to `task.top1`.
+    """
+    name = check.partition("[")[0]
+    return name == group or name.startswith(f"{group}.") or group.startswith(f"{name}.")
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.splitlines() if line.strip()), "it failed without a message")
