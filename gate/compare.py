@@ -663,7 +663,7 @@ def _decibels(relative: float) -> float:
 def _integer_distance(a: _Values, b: _Values) -> _Floats:
     """|a - b| of integers or booleans, without overflow, as float64."""
     if a.dtype.kind == "b" and b.dtype.kind == "b":
-        return (a != b).astype(np.float64)
+        return np.asarray(a != b, dtype=np.float64)
     if a.dtype != b.dtype:
         return np.asarray(np.abs(a.astype(np.float64) - b.astype(np.float64)))
-    return np.asarray((np.maximum(a, b).astype(np.uint64) - np.minimum(a, b).astype(np.uint64)).astype(np.float64))
+    return np.asarray(np.maximum(a, b).astype(np.uint64) - np.minimum(a, b).astype(np.uint64), dtype=np.float64)

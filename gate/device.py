@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -154,7 +155,10 @@ def _gpu_by_command() -> Gpu | None:
     if index >= len(rows) or len(rows[index]) != 3:
         return None
     name, capability, driver = rows[index]
-    return Gpu(name=name, compute_capability=capability, driver=driver)
+    version = re.search(r"CUDA Version: *([0-9.]+)", _output([command]) or "")
+    return Gpu(
+        name=name, compute_capability=capability, driver=driver, cuda=version.group(1) if version is not None else None
+    )
 
 
 def _first_visible() -> int:

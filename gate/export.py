@@ -350,8 +350,7 @@ def _dynamic_axes(
         name: {index: size for index, size in enumerate(each.shape) if isinstance(size, str)}
         for name, each in spec.inputs.items()
     }
-    for output, found in zip(outputs, _output_axes(spec, wrapped, example), strict=True):
-        axes[output] = found
+    axes.update(zip(outputs, _output_axes(spec, wrapped, example), strict=True))
     return {name: found for name, found in axes.items() if found}
 
 

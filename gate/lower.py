@@ -24,7 +24,6 @@ from gate.chatter import quiet
 from gate.engines.graph import external_files, layers_of, opset_of, unsafe_external_file
 from gate.engines.interface import Layer
 from gate.errors import LoweringError
-from gate.spec import Precision
 from gate.tensors import Array, NamedArrays
 
 _QUANTIZED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -106,6 +105,8 @@ def tool_version(precision: str) -> str:
     """
     if precision in ("fp32", "tf32"):
         return "copy"
+    if precision not in _DISTRIBUTION:
+        raise LoweringError(f"no tool makes {precision!r}; there is fp32, tf32, {', '.join(_DISTRIBUTION)}")
     distribution = _DISTRIBUTION[precision]
     try:
         return f"{distribution} {importlib.metadata.version(distribution)}"
@@ -113,9 +114,7 @@ def tool_version(precision: str) -> str:
         raise LoweringError(f"{precision} is made by {distribution}, which is not installed", hint=_INSTALL) from err
 
 
-def lower(
-    onnx: Path, *, precision: Precision, out: Path, calibration: Iterable[NamedArrays] | None = None
-) -> LoweringRecord:
+def lower(onnx: Path, *, precision: str, out: Path, calibration: Iterable[NamedArrays] | None = None) -> LoweringRecord:
     """Write the graph in a precision.
 
     Args:
@@ -191,7 +190,7 @@ def _write(model: Any, out: Path, folder: Path) -> None:
                 target.unlink()
 
 
-def _cast(source: Any, folder: Path, precision: Precision, calibration: Iterable[NamedArrays] | None) -> Any:
+def _cast(source: Any, folder: Path, precision: str, calibration: Iterable[NamedArrays] | None) -> Any:
     """The graph by AutoCast, its inputs and outputs in their own types."""
     import onnx
 
@@ -249,8 +248,11 @@ def _quantized(
 ) -> tuple[Any, CalibrationRecord]:  # the pair never leaves this module
     """The graph with explicit Q/DQ by min-max calibration.
 
-    Min-max is the default: on a convolutional classifier of real digits it and entropy gave the same scales and a
-    rel_rmse of 1.0e-2, percentile 1.3e-2 before the outputs were left alone; and it clips nothing it has seen.
+    Min-max is the method because parity does not choose between them and it clips nothing that it has seen. Measured on
+    two small classifiers of real digits, five seeds each, 256 calibration samples, rel_rmse on 797 others: min-max
+    1.14e-2 and 7.3e-3, entropy the same scales, percentile 99.999 1.11e-2 and 7.3e-3, better in five of the ten and
+    worse in five. Leaving the outputs of the operators unquantised did choose: 1.0e-2 instead of 1.4e-2 on one of them.
+    It costs speed on ONNX Runtime, which then fuses less; TensorRT fuses what follows.
     """
     import onnx
 
@@ -413,7 +415,7 @@ def _activation_ranges(model: Any) -> tuple[TensorRange, ...]:
     return tuple(found.values())
 
 
-def _require_lowered(model: Any, layers: tuple[Layer, ...], *, source: Any, precision: Precision, where: str) -> None:
+def _require_lowered(model: Any, layers: tuple[Layer, ...], *, source: Any, precision: str, where: str) -> None:
     lowered = [
         layer
         for layer in layers

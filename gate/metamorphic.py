@@ -164,12 +164,12 @@ def _batch_independence(
     backwards = order[::-1]
     turned = _relative(_take(together, backwards, count), _take(runner.run(_rows(samples, backwards)), order, count))
     if not turned <= worst.value:
-        worst = _Difference(turned, "answers change with the order in the batch", count)
+        worst = _Difference(turned, "largest between the batch and the batch in reverse order", count)
     for row in order:
         alone = runner.run(_rows(samples, [row] * smallest))
         value = _relative(_take(together, [row], count), _take(alone, [0], smallest))
         if not value <= worst.value:
-            worst = _Difference(value, f"sample {row} alone differs from itself in a batch of {count}", count)
+            worst = _Difference(value, f"largest for sample {row}: alone against in a batch of {count}", count)
             if np.isnan(value):
                 break
     return worst
@@ -197,7 +197,7 @@ def _profile_edges(runner: Runner, samples: NamedArrays, inputs: Mapping[str, In
             value = _relative(_take(outputs, [row], batch), _take(alone, [0], smallest))
             compared += 1
             if not value <= worst.value:
-                worst = _Difference(value, f"row {row} of the profile's {seen[-1]} differs from batch {smallest}", 1)
+                worst = _Difference(value, f"largest for row {row} of {seen[-1]}: against batch {smallest}", 1)
     detail = worst.where or f"{', '.join(seen)} agree with batch {smallest}"
     return _Difference(worst.value, detail, compared)
 

@@ -57,7 +57,10 @@ def spec_schema() -> dict[str, Any]:
     }
     root = definitions.pop("GateSpec")
     root["properties"]["engine"]["minItems"] = 1
-    return {"$schema": DIALECT, "$id": SPEC_ID, **root, "title": "gate.toml", "$defs": _sorted(definitions)}
+    found: dict[str, Any] = _without_null(
+        {"$schema": DIALECT, "$id": SPEC_ID, **root, "title": "gate.toml", "$defs": _sorted(definitions)}
+    )
+    return found
 
 
 def report_schema() -> dict[str, Any]:
@@ -101,6 +104,20 @@ def _with_non_finite(node: Any) -> Any:
     return node
 
 
+def _without_null(node: Any) -> Any:
+    """The same schema for TOML, which has no null: a key that has no value is left out."""
+    if isinstance(node, list):
+        return [_without_null(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    changed = {key: _without_null(value) for key, value in node.items() if not (key == "default" and value is None)}
+    given = [each for each in changed.get("anyOf", ()) if each != {"type": "null"}]
+    if len(given) == 1:
+        del changed["anyOf"]
+        return {**given[0], **changed}
+    return {**changed, "anyOf": given} if given else changed
+
+
 def _structs(root: type[msgspec.Struct]) -> tuple[type[msgspec.Struct], ...]:
     """Every struct that a struct is made of, itself included."""
     from msgspec import inspect as types
@@ -142,5 +159,3 @@ def _first_line(doc: str) -> str:
 
 def _sorted(definitions: dict[str, Any]) -> dict[str, Any]:
     return {name: definitions[name] for name in sorted(definitions)}
-
-

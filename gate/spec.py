@@ -73,8 +73,9 @@ class ModelSpec(_Table):
         outputs: A safetensors or npz file, or a folder made by `gate record`.
         weights: The files that the factory reads its weights from. Naming them lets a later run reuse the
             recorded reference without importing PyTorch.
-        output_names: Names of the outputs, in order; left out: the keys of a dict, or `output`, `output_1`, …
-        opset: ONNX opset of the export.
+        output_names: Names of the outputs, in order; left out: the keys of a dict, or `output` for one and
+            `output_0`, `output_1`, … for several.
+        opset: ONNX opset of the export. TensorRT 8.6 takes at most 17, which torch's newer exporter does not write.
         exporter: Which of torch's exporters to use, tried in this order.
         simplify: Run onnxslim over the export, and check its result against the export.
         metrics: What training reported on this data: `{ top1 = 0.985 }`, or a JSON file of such numbers.
@@ -87,7 +88,7 @@ class ModelSpec(_Table):
     outputs: str | None = None
     weights: tuple[str, ...] | str = ()
     output_names: tuple[str, ...] = ()
-    opset: Annotated[int, msgspec.Meta(ge=11, le=30)] = 17
+    opset: Annotated[int, msgspec.Meta(ge=11, le=30)] = 18
     exporter: tuple[Literal["dynamo", "torchscript"], ...] = ("dynamo", "torchscript")
     simplify: bool = False
     metrics: dict[str, float] | str | None = None

@@ -341,7 +341,7 @@ class ExactSum:
         try:
             return self._units / (count << self._SCALE)
         except OverflowError:
-            return math.copysign(math.inf, self._units)
+            return math.inf if self._units > 0 else -math.inf
 
 
 def is_among_best(scores: npt.NDArray[np.floating], chosen: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.bool_]:

@@ -27,8 +27,20 @@ def number(value: float, *, digits: int = 2) -> str:
         return f"{value:.{digits - 1}e}"
     if float(value).is_integer():
         return f"{value:.0f}"
+    if 0.5 < size < 1:
+        # Near 1 it is the distance from 1 that tells two fractions apart: 0.9925, not 0.99.
+        return f"{value:.{digits - 1 - math.floor(math.log10(1 - size))}f}".rstrip("0")
     decimals = max(digits - 1 - math.floor(math.log10(size)), 0)
     return f"{value:.{max(decimals, 2 if size >= 1e-1 else 0)}f}"
+
+
+def limit_number(value: float) -> str:
+    """A limit with the fewest digits, two to four, that are exact, so that it reads as it was set."""
+    for digits in range(2, 5):
+        text = number(value, digits=digits)
+        if float(text) == value:
+            return text
+    return text
 
 
 def with_unit(text: str, unit: str) -> str:
@@ -36,15 +48,20 @@ def with_unit(text: str, unit: str) -> str:
     return f"{text} {unit}" if unit else text
 
 
-def told_apart(values: tuple[float, ...]) -> tuple[str, ...]:
-    """Numbers with the fewest digits, at least two, that show different values as different texts."""
-    distinct = len({value for value in values if not math.isnan(value)})
-    shown: tuple[str, ...] = ()
-    for digits in range(2, MOST_DIGITS + 1):
-        shown = tuple(number(value, digits=digits) for value in values)
-        if len({text for text in shown if text != "NaN"}) == distinct:
-            return shown
-    return tuple(repr(value) for value in values)
+def observed_and_limit(finding: Finding) -> tuple[str, str]:
+    """Estimate and limit with their unit, and with digits enough to see on which side of the limit the estimate lies."""
+    estimate, limit = finding.estimate, finding.limit.value
+    observed, allowed = number(estimate), limit_number(limit)
+    if not math.isnan(estimate) and estimate != limit:
+        for digits in range(3, MOST_DIGITS + 1):
+            if _as_number(observed) != limit and _as_number(observed) != _as_number(allowed):
+                break
+            observed, allowed = number(estimate, digits=digits), number(limit, digits=max(digits, 4))
+    return with_unit(observed, finding.unit), with_unit(allowed, finding.unit)
+
+
+def _as_number(text: str) -> float:
+    return math.nan if text == "NaN" else float(text)
 
 
 def limit_source(limit: Limit, precision: str | None = None) -> str:
@@ -80,9 +97,7 @@ def finding_sentence(finding: Finding | Failure, *, precision: str | None = None
         return f"{finding.check}: {_first_line(finding.message)}"
     limit, estimate = finding.limit, finding.estimate
     source = f"({limit_source(limit, precision)})"
-    observed, allowed = told_apart((estimate, limit.value))
-    allowed = with_unit(allowed, finding.unit)
-    observed = with_unit(observed, finding.unit)
+    observed, allowed = observed_and_limit(finding)
     interval = interval_text(finding)
     measured = f"{observed} [{interval}]" if interval else observed
     if finding.status is Status.INCONCLUSIVE:

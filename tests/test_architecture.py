@@ -20,7 +20,7 @@ LAYERS = {
     "judges": ("compare", "diagnosis", "latency", "metamorphic", "metrics.*", "precision", "tolerances"),
     "ground": ("atomic", "cache", "chatter", "device", "engines.graph", "factory", "memory", "timing"),
     "effects": ("baseline", "data.*", "engines.*", "export", "lower", "reference", "store"),
-    "pipeline": ("pipeline",),
+    "pipeline": ("pipeline", "schemas"),
     "edges": ("cli.*", "pytest_plugin", "report.*"),
     "entry": ("__main__",),
 }

@@ -11,8 +11,8 @@ from gate.chatter import quiet
 
 def test_prints_warnings_and_logs_are_kept_inside(capsys, caplog):
     with quiet() as chatter:
-        print("printed")
-        print("complained", file=sys.stderr)
+        sys.stdout.write("printed\n")
+        sys.stderr.write("complained\n")
         warnings.warn("old", DeprecationWarning, stacklevel=1)
         logging.getLogger("some.tool").error("logged")
     assert chatter.tail() == ("DeprecationWarning: old", "printed", "complained")
@@ -22,7 +22,7 @@ def test_prints_warnings_and_logs_are_kept_inside(capsys, caplog):
 
 def test_tail_is_the_last_lines():
     with quiet() as chatter:
-        print("a\n\nb\nc")
+        sys.stdout.write("a\n\nb\nc\n")
     assert chatter.tail(2) == ("b", "c")
 
 

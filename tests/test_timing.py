@@ -42,9 +42,7 @@ def taking(clock, durations):
 @given(st.lists(st.integers(0, 10**7), min_size=1, max_size=60))
 def test_each_call_is_timed_alone_and_in_order(durations):
     clock = Clock()
-    raw = sample(
-        taking(clock, [5, *durations]), samples=len(durations), warm_up_s=0, max_time_s=1e6, clock=clock
-    )
+    raw = sample(taking(clock, [5, *durations]), samples=len(durations), warm_up_s=0, max_time_s=1e6, clock=clock)
     assert raw.durations_ns == tuple(durations)
     assert raw.stopped_by == "samples"
     assert raw.warm_up == 1

@@ -1,0 +1,14 @@
+"""The command `gate`: one module per sub-command, each imported when it is called."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "check": "build the engines of a spec, compare them with the reference, and give a verdict",
+    "init": "write a commented gate.toml for a model factory or an ONNX file",
+    "baseline": "accept, show and compare the stored measurements",
+    "seal": "check a spec and seal the engines that passed",
+    "verify": "verify a sealed bundle, step by step",
+    "record": "record the reference, for a machine without PyTorch",
+    "schema": "print the JSON Schema of a file",
+}
+"""Each sub-command with what it does; gate.cli.<name> has its `add_parser` and `run`."""

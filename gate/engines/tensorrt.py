@@ -282,9 +282,15 @@ def layers_of_network(network: Any, *, tf32: bool) -> tuple[Layer, ...]:
 
 
 def layers_of_inspector(text: str, *, tf32: bool) -> tuple[Layer, ...]:
-    """Layers of an engine from its inspector's JSON, with the type of their first output.
+    """Layers of an engine from its inspector's JSON, with the precision that they compute in.
 
-    TensorRT 8.6 writes raw control characters into it, so it is parsed leniently. What cannot be read has no layers.
+    With dynamic shapes TensorRT 8.6 writes `N/A due to dynamic shapes` for every type; the type of a layer's weights
+    and the name of its tactic still tell. 8.6 also writes raw control characters into the JSON, so it is parsed
+    leniently. What cannot be read has no layers.
+
+    Args:
+        text: JSON of IEngineInspector.get_engine_information, at ProfilingVerbosity.DETAILED.
+        tf32: Whether TF32 is allowed: an FP32 layer whose tactic does not say is then `tf32`.
     """
     try:
         entries = json.loads(text, strict=False).get("Layers", [])
@@ -294,16 +300,32 @@ def layers_of_inspector(text: str, *, tf32: bool) -> tuple[Layer, ...]:
     for entry in entries:
         if not isinstance(entry, dict):
             continue
+        tactic = str(entry.get("TacticName") or "")
         outputs = entry.get("Outputs") or [{}]
-        label = _inspected_label(str(outputs[0].get("Format/Datatype", "")))
-        if label == "fp32" and tf32:
+        weights = entry.get("Weights") or {}
+        label = _inspected_label(str(weights.get("Type", "")))
+        if label == "unknown":
+            label = _inspected_label(str(outputs[0].get("Format/Datatype", "")))
+        if label == "unknown":
+            label = next((name for part, name in _TACTICS if part in tactic), "unknown")
+        if label == "fp32" and ("tf32" in tactic or (tf32 and not tactic)):
             label = "tf32"
         found.append(Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), label))
     return tuple(found)
 
 
+_TACTICS = (
+    ("_i8i8_", "int8"),
+    ("_i8f32_", "int8"),
+    ("_f16f16_", "fp16"),
+    ("_bf16bf16_", "bf16"),
+    ("_f32f32_", "fp32"),
+)
+"""Parts of tactic names that say what goes in: `sm80_xmma_gemm_f16f16_f16f16_f16_tn_n_…`."""
+
+
 def _inspected_label(text: str) -> str:
-    """`fp16` from `Channel major FP16 format where channel % 8 == 0`, as the inspector writes types."""
+    """`fp16` from `Half`, or from `Channel major FP16 format where channel % 8 == 0`, as the inspector writes types."""
     words = text.replace(",", " ").split()
     names = {"FP32": "fp32", "FP16": "fp16", "BF16": "bf16", "Int8": "int8", "INT8": "int8", "FP8": "fp8"}
     names |= {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int32": "int32", "Int64": "int64", "Bool": "bool"}

@@ -50,7 +50,7 @@ class _Answers:
 
 
 def _answers(scores: _Scores, labels: npt.NDArray[np.int64]) -> _Answers:
-    finite: _Bools = np.asarray(np.isfinite(scores)).all(axis=1)
+    finite: _Bools = np.logical_and.reduce(np.isfinite(scores), axis=1)
     clean = np.where(finite[:, None], scores, 0).astype(scores.dtype)
     return _Answers(top1=is_among_best(clean, labels, 1) & finite, top5=is_among_best(clean, labels, 5) & finite)
 

@@ -18,9 +18,8 @@ from gate.wording import (
     interval_text,
     limit_source,
     number,
+    observed_and_limit,
     status_word,
-    told_apart,
-    with_unit,
 )
 
 _LOCATION = re.compile(r"(?P<file>.+):(?P<line>\d+)")
@@ -60,9 +59,7 @@ def github_annotations(run: CheckRun) -> tuple[str, ...]:
             file, line = (match["file"], match["line"]) if match else (run.spec_path, "1")
             title = f"{finding.status.value} {result.name} {finding.check}"
             message = "\n".join((finding_sentence(finding, precision=result.precision), *failure_lines(finding)))
-            found.append(
-                f"::error file={_property(file)},line={line},title={_property(title)}::{_data(message)}"
-            )
+            found.append(f"::error file={_property(file)},line={line},title={_property(title)}::{_data(message)}")
     return tuple(found)
 
 
@@ -123,13 +120,13 @@ def _finding_cells(finding: Finding | Failure, result: EngineResult) -> tuple[st
     if isinstance(finding, Failure):
         message = _text(" ".join(finding.message.split()))[:300]
         return (finding.check, finding.status.value, message, MISSING, MISSING, MISSING, "0", finding.evidence.value)
-    observed, allowed = told_apart((finding.estimate, finding.limit.value))
+    observed, allowed = observed_and_limit(finding)
     return (
         finding.check,
         finding.status.value,
-        with_unit(observed, finding.unit),
+        observed,
         interval_text(finding) or "exact",
-        f"{finding.limit.symbol} {with_unit(allowed, finding.unit)}",
+        f"{finding.limit.symbol} {allowed}",
         limit_source(finding.limit, result.precision),
         str(finding.n),
         finding.evidence.value,

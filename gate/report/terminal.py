@@ -23,9 +23,8 @@ from gate.wording import (
     finding_sentence,
     interval_text,
     limit_source,
+    observed_and_limit,
     status_word,
-    told_apart,
-    with_unit,
 )
 
 if TYPE_CHECKING:
@@ -77,11 +76,10 @@ def render(run: CheckRun, *, report: str | None = None, verbose: bool = False, w
         verbose: List every finding with its limit and where that comes from.
         width: Columns of the terminal; None: as wide as it needs.
     """
-    reused = f"   reused: {', '.join(run.reused)}" if run.reused and "reused" not in run.provenance.reference else ""
     lines = [
         headline(run),
         "",
-        f"{run.model_id}  {run.samples} samples  reference: {run.provenance.reference}{reused}"
+        f"{run.model_id}  {run.samples} samples  reference: {run.provenance.reference}"
         f"   device: {device_text(run.device)}",
         "",
         *_table(run, width),
@@ -94,9 +92,8 @@ def render(run: CheckRun, *, report: str | None = None, verbose: bool = False, w
     if verbose:
         for result in run.engines:
             lines += ["", *_all_findings(result)]
-    defaults = _default_limits(run)
-    if defaults and not verbose:
-        lines += ["", defaults]
+    facts = [] if verbose else [_default_limits(run), _reused(run)]
+    lines += ["", *filter(None, facts)] if any(facts) else []
     code = _exit_code(run)
     last = f"exit {int(code)} ({code.name.lower()})"
     lines += ["", f"report: {report}          {last}" if report else last]
@@ -179,12 +176,12 @@ def _all_findings(result: EngineResult) -> Iterator[str]:
         if isinstance(finding, Failure):
             yield f"{GAP}{finding.status.value:<12}  {finding_sentence(finding)}"
             continue
-        observed, allowed = told_apart((finding.estimate, finding.limit.value))
+        observed, allowed = observed_and_limit(finding)
         interval = interval_text(finding)
         between = f" [{interval}]" if interval else ""
         yield (
-            f"{GAP}{finding.status.value:<12}  {finding.check}: {with_unit(observed, finding.unit)}{between}, limit "
-            f"{finding.limit.symbol} {with_unit(allowed, finding.unit)} "
+            f"{GAP}{finding.status.value:<12}  {finding.check}: {observed}{between}, limit "
+            f"{finding.limit.symbol} {allowed} "
             f"({limit_source(finding.limit, result.precision)}), n = {finding.n}, {finding.evidence.value}"
         )
     for note in result.notes:
@@ -201,6 +198,16 @@ def _default_limits(run: CheckRun) -> str:
         and any(isinstance(each, Finding) and each.limit.source == "default" for each in result.verdict.findings)
     ]
     return f"default limits of the precision applied to {', '.join(names)}; --verbose lists them" if names else ""
+
+
+def _reused(run: CheckRun) -> str:
+    """What came from the cache; engines that reused the same are named together."""
+    engines: dict[tuple[str, ...], list[str]] = {}
+    for result in run.engines:
+        if result.reused:
+            engines.setdefault(result.reused, []).append(result.name)
+    parts = [*run.reused, *(f"{', '.join(what)} of {', '.join(names)}" for what, names in engines.items())]
+    return f"reused from the cache: {'; '.join(parts)}" if parts else ""
 
 
 def show(text: str, stream: TextIO) -> None:
@@ -278,7 +285,14 @@ class Bars:
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns: Sequence[Any] = (
             SpinnerColumn(),

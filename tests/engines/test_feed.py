@@ -42,7 +42,7 @@ def test_right_feed_passes_contiguous_and_in_order():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"ids": None}, r"input 'ids' is missing; given: 'image'"),
         ({"extra": np.zeros(2)}, r"unexpected input 'extra'"),
@@ -69,7 +69,7 @@ def test_float_input_is_cast_only_where_asked():
 
 
 @pytest.mark.parametrize(
-    "inputs, message",
+    ("inputs", "message"),
     [
         ({"image": METAS["image"]}, "the engine has no input 'ids'"),
         ({**METAS, "more": METAS["ids"]}, "an input 'more' that the spec has not"),

@@ -50,7 +50,7 @@ class Pair(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    "result, names",
+    ("result", "names"),
     [
         (ONE, ["output"]),
         ([ONE], ["output"]),
@@ -77,7 +77,7 @@ def test_given_names_order_a_dict_by_its_keys():
 
 
 @pytest.mark.parametrize(
-    "result, names, message",
+    ("result", "names", "message"),
     [
         (3, (), "returns a int"),
         ({}, (), "returns no output"),
