@@ -10,12 +10,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check schemas bench clean
 
 help:
 	@echo 'make demo    install and check the example: examples/digits/gate.toml'
 	@echo 'make test    install and run the tests'
 	@echo 'make check   lint, types, workflows and schemas'
+	@echo 'make schemas write the JSON Schemas anew'
 	@echo 'make bench   what the gate itself costs'
 	@echo 'make clean   remove what these made, the virtual environment included'
 
@@ -42,7 +43,18 @@ check: $(VENV)/.installed-lint
 	$(BIN)/zizmor --offline --quiet --persona regular .github
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
-	$(BIN)/check-jsonschema --check-metaschema metadata_schema.json
+	$(BIN)/gate schema spec | cmp - schemas/gate.schema.json
+	$(BIN)/gate schema report | cmp - schemas/report.schema.json
+	$(BIN)/gate schema baseline | cmp - schemas/baseline.schema.json
+	$(BIN)/gate schema metadata | cmp - metadata_schema.json
+	$(BIN)/check-jsonschema --check-metaschema schemas/*.json metadata_schema.json
+
+# Written from the types; `make check` says when they are not current.
+schemas: $(VENV)/.installed-lint
+	$(BIN)/gate schema spec > schemas/gate.schema.json
+	$(BIN)/gate schema report > schemas/report.schema.json
+	$(BIN)/gate schema baseline > schemas/baseline.schema.json
+	$(BIN)/gate schema metadata > metadata_schema.json
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks

@@ -368,7 +368,7 @@ class OutputAccumulator:
             tt, td = two
             centered = (tt, np.maximum(tt + 2.0 * td + dd, 0.0), td)
         rows = _Rows(largest, absolute, dd, rr, cc, rd, centered, *np.zeros((2, n), np.int64))
-        step = max(1, _BLOCK // 2 // size)
+        step = max(1, _BLOCK // 4 // size)
         for unsafe in again:
             for start in range(0, len(unsafe), step):
                 index = unsafe[start : start + step]
@@ -524,8 +524,10 @@ class OutputAccumulator:
             other = np.flatnonzero(~same & finite[part])
             if other.size:
                 self._top5 += int(np.count_nonzero(is_among_best(c[other], best[other], 5)))
-                two = np.partition(r[other].astype(np.float64), classes - 2, axis=1)[:, -2:]
-                margin = two[:, 1] - two[:, 0]
+                few, first = r[other].astype(np.float64), best[other, None]
+                top = np.take_along_axis(few, first, axis=1)[:, 0]
+                np.put_along_axis(few, first, -np.inf, axis=1)
+                margin = top - few.max(axis=1)
                 self._near_ties += int(np.count_nonzero(margin < 2.0 * rows.largest[part][other]))
 
     def _settle(self) -> None:

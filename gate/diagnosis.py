@@ -99,8 +99,8 @@ def _moved(r: _Floats, c: _Floats, shape: tuple[int, ...], error: float) -> Iter
             if _explains(its, mine, unmoved):
                 yield f"rows are shifted: the engine's answer to a sample is the reference's to the {which} one"
     yield from _rows_permuted(r, c, error)
-    yield from _columns_permuted(r, c, error)
     yield from _axes_permuted(r, c, shape, error)
+    yield from _columns_permuted(r, c, error)
 
 
 def _rows_permuted(r: _Floats, c: _Floats, error: float) -> Iterator[str]:
@@ -156,9 +156,9 @@ def _rescaled(r: _Floats, c: _Floats, error: float) -> Iterator[str]:
             yield "softmax is missing: the engine gives scores where the reference gives probabilities"
         elif _explains(np.log(_softmax(r)), c, error):
             yield "the engine applies a log-softmax that the reference does not"
-    if (r < 0.0).any() and (c >= 0.0).all() and (c <= 1.0).all() and _explains(_sigmoid(r), c, error):
+    if r.min() < 0.0 and c.min() >= -0.02 and c.max() <= 1.02 and _explains(_sigmoid(r), c, error):
         yield "the engine applies a sigmoid that the reference does not"
-    if (c < 0.0).any() and (r >= 0.0).all() and (r <= 1.0).all() and _explains(_sigmoid(c), r, error):
+    if c.min() < 0.0 and r.min() >= -0.02 and r.max() <= 1.02 and _explains(_sigmoid(c), r, error):
         yield "sigmoid is missing: the engine gives scores where the reference gives probabilities"
     spread = float(r.std())
     if spread > 0.0 and r.size >= 8:
@@ -173,7 +173,7 @@ def _rescaled(r: _Floats, c: _Floats, error: float) -> Iterator[str]:
 
 
 def _is_distribution(values: _Floats) -> bool:
-    return bool((values >= 0.0).all() and np.abs(values.sum(axis=1) - 1.0).max() < 1e-2)
+    return bool(values.min() >= -0.02 and np.abs(values.sum(axis=1) - 1.0).max() < 0.05)
 
 
 def _softmax(values: _Floats) -> _Floats:

@@ -341,6 +341,16 @@ def _usable(engine: EngineSpec, file: SpecFile) -> Backend | str:
     return backend
 
 
+def not_run_reason(engine: EngineSpec, file: SpecFile) -> str | None:
+    """Why an optional engine is NOT RUN on this machine; None where it can be run.
+
+    Raises:
+        BackendUnavailable: It cannot be run, and is not optional.
+    """
+    usable = _usable(engine, file)
+    return usable if isinstance(usable, str) else None
+
+
 def _require_reference_is_right(run: _Context) -> None:
     """A reference that misses what training reported says nothing about an engine.
 

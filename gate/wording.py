@@ -36,11 +36,8 @@ def number(value: float, *, digits: int = 2) -> str:
 
 def limit_number(value: float) -> str:
     """A limit with the fewest digits, two to four, that are exact, so that it reads as it was set."""
-    for digits in range(2, 5):
-        text = number(value, digits=digits)
-        if float(text) == value:
-            return text
-    return text
+    exact = (text for text in (number(value, digits=digits) for digits in (2, 3)) if _as_number(text) == value)
+    return next(exact, number(value, digits=4))
 
 
 def with_unit(text: str, unit: str) -> str:

@@ -54,9 +54,9 @@ def counted(reference, candidate, labels, batch=None):
 
 
 def answers(right, classes=10):
-    """Scores of which the first `right` of each pair are for label 0."""
+    """Scores that have label 0 first where `right`, and last where not."""
     scores = np.zeros((len(right), classes), np.float32)
-    scores[np.arange(len(right)), np.where(right, 0, classes - 1)] = 1.0
+    scores[:, 0] = np.where(right, 1.0, -1.0)
     return scores
 
 
@@ -75,9 +75,7 @@ def judged(metrics, task="", precision="fp16", labels=None):
     return {finding.check: finding for finding in found}
 
 
-@given(
-    n=st.integers(1, 70), classes=st.integers(2, 12), seed=st.integers(0, 50), batch=st.integers(1, 70)
-)
+@given(n=st.integers(1, 70), classes=st.integers(2, 12), seed=st.integers(0, 50), batch=st.integers(1, 70))
 def test_counts_are_their_definitions_in_any_batches(n, classes, seed, batch):
     rng = np.random.default_rng(seed)
     reference, candidate = rng.integers(0, 4, (2, n, classes)).astype(np.float32)
@@ -134,9 +132,7 @@ def test_equal_scores_are_answered_by_the_lower_index():
 def test_labels_that_do_not_fit_are_an_error(labels, message):
     scores = answers(np.ones(2, bool))
     with pytest.raises(DataError, match=message):
-        ClassificationAccumulator().add(
-            scores, scores, None if labels is None else np.array(labels), first_sample=0
-        )
+        ClassificationAccumulator().add(scores, scores, None if labels is None else np.array(labels), first_sample=0)
 
 
 @pytest.mark.parametrize("scores", [np.zeros((2, 1), np.float32), np.zeros(2, np.float32), np.zeros((2, 3), np.int64)])
@@ -147,9 +143,7 @@ def test_scores_that_are_none_are_an_error(scores):
 
 def test_scores_of_other_shapes_are_an_error():
     with pytest.raises(MeasurementError, match=r"the engine's scores are \[1, 10\], the reference's \[2, 10\]"):
-        ClassificationAccumulator().add(
-            answers([True, True]), answers([True]), np.zeros(2, np.int64), first_sample=0
-        )
+        ClassificationAccumulator().add(answers([True, True]), answers([True]), np.zeros(2, np.int64), first_sample=0)
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -189,7 +183,9 @@ def test_the_drop_is_paired():
 def test_too_few_samples_are_inconclusive_and_say_how_many_it_takes():
     finding = judged(outcome(797))["task.top1_drop_pp"]
     assert finding.status is Status.INCONCLUSIVE
-    assert "797 samples without a changed answer can show a drop of at most 0.21 pp; 0.1 pp takes 1643" in finding.detail
+    assert (
+        "797 samples without a changed answer can show a drop of at most 0.21 pp; 0.1 pp takes 1643" in finding.detail
+    )
     finding = judged(outcome(2000, b=3, c=3))["task.top1_drop_pp"]
     assert finding.status is Status.INCONCLUSIVE
     assert "at this rate of changed answers it would take about" in finding.detail
@@ -246,15 +242,12 @@ def test_counts_that_contradict_the_outcomes_are_an_error():
     metrics = outcome(100, b=3)
     for change, message in (
         ({"top1": 99}, "99 answers are said to be right, the outcomes hold 97"),
-        ({"samples": 101}, "hold 97|not one bit"),
         ({"samples": 0}, "no answer"),
         ({"correct": "zz"}, "not hexadecimal"),
         ({"correct": metrics.correct[:-2]}, "not one bit for each of 100 samples"),
         ({"correct": metrics.correct[:-1] + "f"}, "not one bit for each of 100 samples"),
     ):
         broken = msgspec.structs.replace(metrics, **change)
-        if change == {"samples": 101}:
-            continue
         with pytest.raises(MeasurementError, match=message):
             judged(broken)
 

@@ -36,11 +36,15 @@ CASES = {
     "constant": (R, np.full_like(R, 1.5), "the constant 1.5"),
     "same answer": (R, np.broadcast_to(R[0], R.shape), "every sample the same answer, near the reference's sample 0"),
     "same other answer": (R, np.broadcast_to(np.arange(10.0) * 9, R.shape), "every sample the same answer: its input"),
-    "columns": (R, R[:, ORDER], "columns are in another order: the engine's column 0 is the reference's column 9"),
-    "two columns": (R, R[:, [0, 2, 1, *range(3, 10)]], "column 1 is the reference's column 2"),
-    "next row": (R, np.roll(R, -1, axis=0), "rows are shifted: the engine's answer to a sample is the reference's to the next"),
+    "columns": (R, R[:, ORDER], "columns are in another order: the engine's column 0 is the reference's 9"),
+    "two columns": (R, R[:, [0, 2, 1, *range(3, 10)]], "column 1 is the reference's 2"),
+    "next row": (
+        R,
+        np.roll(R, -1, axis=0),
+        "rows are shifted: the engine's answer to a sample is the reference's to the next",
+    ),
     "previous row": (R, np.roll(R, 1, axis=0), "to the previous one"),
-    "reversed rows": (R, R[::-1], "rows are in another order: the engine's sample 0 is the reference's sample 63"),
+    "reversed rows": (R, R[::-1], "rows are in another order: the engine's sample 0 is the reference's 63"),
     "half": (R, R * 0.5, "0.5 times the reference's: look at the preprocessing"),
     "negated": (R, -R, "-1 times the reference's"),
     "line": (R, R * 3 + 2, "3 times the reference's +2"),
@@ -83,7 +87,9 @@ def test_noise_has_no_cause(noise, seed, shape):
     assert not found
 
 
-@given(seed=st.integers(0, 300), scale=st.sampled_from([1e-3, 0.1, 1.0, 30.0]), kind=st.sampled_from(["raw", "softmax"]))
+@given(
+    seed=st.integers(0, 300), scale=st.sampled_from([1e-3, 0.1, 1.0, 30.0]), kind=st.sampled_from(["raw", "softmax"])
+)
 def test_another_models_answers_have_no_cause(seed, scale, kind):
     reference, candidate = rows((64, 10), seed), rows((64, 10), seed + 1000) * scale
     if kind == "softmax":
@@ -101,9 +107,7 @@ def test_what_is_not_finite_is_said():
     bad = R.copy()
     bad[[3, 9], 4] = np.nan
     assert causes(R, bad) == ("logits: 2 of the first 64 samples hold NaN or Inf, sample 3 first, only in element 4",)
-    assert causes(R, np.full_like(R, np.nan)) == (
-        "logits: every element of the first 64 samples is NaN or Inf",
-    )
+    assert causes(R, np.full_like(R, np.nan)) == ("logits: every element of the first 64 samples is NaN or Inf",)
     bad[[3, 9], 4] = np.inf
     assert "suggests an overflow, in fp16 above 65504" in causes(R, bad)[0]
     assert "the reference itself holds NaN" in causes(np.where(R > 5, np.nan, R), R)[0]
