@@ -85,7 +85,7 @@ def collection(folder: Path, *, specs: int = 200) -> None:
         target = many / f"case{index:03d}"
         target.mkdir(parents=True)
         (target / "gate.toml").write_text(text)
-    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(folder)]
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]
     none = min(seconds([sys.executable, "-m", "pytest", *options, str(empty)], repeats=2, cwd=folder, expect=(5,)))
     all_ = min(seconds([sys.executable, "-m", "pytest", *options, str(many)], repeats=2, cwd=folder))
     line(f"pytest collects {specs} specs", f"{all_:.2f} s ({none:.2f} s without)", "<= 2 s", all_ <= 2)

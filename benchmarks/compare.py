@@ -19,6 +19,7 @@ import time
 import timeit
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -137,8 +138,8 @@ def resident_mib() -> float:
 
     Not `ru_maxrss`: a child inherits its parent's peak through exec, and a rise below that peak would not show.
     """
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def stream(rows: int, *, keep: bool) -> None:

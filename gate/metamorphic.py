@@ -137,9 +137,7 @@ def _relative(a: NamedArrays, b: NamedArrays) -> float:
 
 def _take(outputs: NamedArrays, indices: list[int], batch: int) -> dict[str, Array]:
     """Rows of the outputs that have a batch axis."""
-    return {
-        name: values[indices] for name, values in outputs.items() if values.ndim > 0 and values.shape[0] == batch
-    }
+    return {name: values[indices] for name, values in outputs.items() if values.ndim > 0 and values.shape[0] == batch}
 
 
 def _repeatability(runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec]) -> _Difference:
@@ -151,9 +149,7 @@ def _repeatability(runner: Runner, samples: NamedArrays, inputs: Mapping[str, In
     return _Difference(_relative(first, second), "the same bits twice" if same else "not the same bits twice", count)
 
 
-def _batch_independence(
-    runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec]
-) -> _Difference | None:
+def _batch_independence(runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec]) -> _Difference | None:
     smallest, largest = _batch_range(inputs)
     count = min(max(ROWS, smallest), largest)
     if count < 2:

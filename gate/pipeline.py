@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +29,10 @@ from gate.reference import (
     onnx_digest,
     read_recording,
     recorded_graph,
-    record as record_reference,
     write_recording,
+)
+from gate.reference import (
+    record as record_reference,
 )
 from gate.results import CheckRun, EngineResult, OutputMetrics, Provenance, TaskMetrics
 from gate.spec import EngineSpec, LatencySpec, SpecFile
@@ -288,7 +290,7 @@ def check(file: SpecFile, options: CheckOptions, observer: Observer) -> CheckRun
         spec_path=str(file.path),
         model_id=file.spec.model.id,
         samples=len(run.source),
-        created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         device=fingerprint(for_gpu=gpu),
         provenance=Provenance(
             spec_sha256=sha256_hex(file.text.encode()),
@@ -504,7 +506,7 @@ def _check_engine(run: _Context, engine: EngineSpec, backend: Backend) -> Engine
     if not preflight:
         try:
             with backend_open(backend, made.path, run, engine) as runner:
-                result = _run_engine(run, engine, runner, result, evidence, findings)
+                result = _run_engine(run, engine, runner, result, findings=findings)
         except GateError as err:
             findings.append(_failure("run", err, evidence))
     return _judged(run, engine, result, findings)
@@ -520,9 +522,7 @@ def backend_open(backend: Backend, path: Path, run: _Context, engine: EngineSpec
         runner.close()
 
 
-def _judged(
-    run: _Context, engine: EngineSpec, result: EngineResult, findings: list[Finding | Failure]
-) -> EngineResult:
+def _judged(run: _Context, engine: EngineSpec, result: EngineResult, findings: list[Finding | Failure]) -> EngineResult:
     """The result with its verdict; a check that the spec asked for and that has no finding is a Failure."""
     names = {finding.check for finding in findings}
     failed = any(isinstance(finding, Failure) for finding in findings)
@@ -552,9 +552,7 @@ def required_checks(engine: EngineSpec, run: _Context) -> tuple[str, ...]:
     if engine.task is not None:
         asked = {key: getattr(engine.task, key) for key in engine.task.__struct_fields__}
         wanted = [key for key, value in asked.items() if value is not None] or ["top1_drop_at_most_pp"]
-        names.extend(
-            "task." + key.replace("_drop_at_most_pp", "_drop_pp").replace("_at_least", "") for key in wanted
-        )
+        names.extend("task." + key.replace("_drop_at_most_pp", "_drop_pp").replace("_at_least", "") for key in wanted)
     if engine.latency is not None:
         names.extend(
             f"latency.{key}" for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms") if getattr(engine.latency, key)
@@ -715,9 +713,7 @@ def _lower(run: _Context, precision: str, exported: _Exported) -> _Lowered:
     )
 
 
-def _build_findings(
-    engine: EngineSpec, made: _Made, size_bytes: int, *, file: SpecFile
-) -> Iterator[Finding | Failure]:
+def _build_findings(engine: EngineSpec, made: _Made, size_bytes: int, *, file: SpecFile) -> Iterator[Finding | Failure]:
     from gate.precision import check_delivered_precision
 
     if engine.plan is None:
@@ -739,16 +735,12 @@ def _build_findings(
 
 
 def _run_engine(
-    run: _Context,
-    engine: EngineSpec,
-    runner: Runner,
-    result: EngineResult,
-    evidence: Evidence,
-    findings: list[Finding | Failure],
+    run: _Context, engine: EngineSpec, runner: Runner, result: EngineResult, *, findings: list[Finding | Failure]
 ) -> EngineResult:
     """Everything that needs the engine to run; findings are appended as they are made, so that none is lost."""
     from gate.memory import host_peak
 
+    evidence = result.evidence or Evidence.PREFLIGHT
     with host_peak() as peak:
         compared = _compare(run, engine, runner, evidence, findings)
         if compared is None:
@@ -758,7 +750,7 @@ def _run_engine(
         )
         _metamorphic(run, engine, runner, evidence, findings)
         if engine.latency is not None:
-            result = _latency(run, engine, runner, result, evidence, findings)
+            result = _latency(run, engine, runner, result, findings=findings)
     result = msgspec.structs.replace(result, host_peak_mib=peak.mib)
     if engine.memory is not None and engine.memory.host_peak_mib is not None:
         findings.append(
@@ -867,7 +859,9 @@ def _compare(
 
 def _output_hint(recording: Recording) -> str:
     names = ", ".join(f'"{name}"' for name in recording.outputs)
-    return f'Re-export with output_names = [{names}], or map them: outputs = {{ {next(iter(recording.outputs))} = "…" }}.'
+    return (
+        f'Re-export with output_names = [{names}], or map them: outputs = {{ {next(iter(recording.outputs))} = "…" }}.'
+    )
 
 
 def run_batch(runner: Runner, batch: Batch, *, engine: EngineSpec, run: _Context) -> dict[str, Array]:
@@ -909,24 +903,18 @@ def _metamorphic(
     with run.stage("metamorphic", engine=engine.name):
         samples = next(run.source.batches(batch_size(run.file))).inputs
         findings.extend(
-            metamorphic_findings(
-                runner, samples, engine=engine, inputs=run.spec.inputs, limit=limit, evidence=evidence
-            )
+            metamorphic_findings(runner, samples, engine=engine, inputs=run.spec.inputs, limit=limit, evidence=evidence)
         )
 
 
 def _latency(
-    run: _Context,
-    engine: EngineSpec,
-    runner: Runner,
-    result: EngineResult,
-    evidence: Evidence,
-    findings: list[Finding | Failure],
+    run: _Context, engine: EngineSpec, runner: Runner, result: EngineResult, *, findings: list[Finding | Failure]
 ) -> EngineResult:
     from gate.latency import latency_findings, samples_needed, summarise
     from gate.timing import sample
 
     asked = engine.latency or LatencySpec()
+    evidence = result.evidence or Evidence.PREFLIGHT
     count = asked.samples or samples_needed(asked)
     with run.stage("latency", engine=engine.name, total=count):
         try:
@@ -996,7 +984,9 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
         elif result.verdict.status is not Status.PASSED:
             reason = result.verdict.status.value
         elif result.evidence is None or result.evidence.rank < least.rank:
-            reason = f"evidence {result.evidence.value if result.evidence else 'none'}, the policy asks for {least.value}"
+            reason = (
+                f"evidence {result.evidence.value if result.evidence else 'none'}, the policy asks for {least.value}"
+            )
         elif result.engine_path is None:
             reason = "its file is not at hand; run the check again"
         if reason is not None or result.verdict is None or result.engine_path is None:
@@ -1038,8 +1028,6 @@ def record(file: SpecFile, out: Path, options: CheckOptions, observer: Observer)
             lowered = _lower(run, engine.precision, exported)
             graphs[engine.precision] = RecordedGraph(lowered.path, lowered.opset, lowered.calibration_sha256)
     with folder(out, existing="replace") as made:
-        write_recording(
-            run.recording, made, file=file, identity=run.identity, digest=run.digest, graphs=graphs
-        )
+        write_recording(run.recording, made, file=file, identity=run.identity, digest=run.digest, graphs=graphs)
     observer.done()
     return out

@@ -28,7 +28,9 @@ _STATUS = "gate.status"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options `--gate-*`."""
     group = parser.getgroup("gate", "accuracy-regression gate")
-    group.addoption("--gate-report", metavar="DIR", help="write report.json and report.md of each spec into DIR/<model>")
+    group.addoption(
+        "--gate-report", metavar="DIR", help="write report.json and report.md of each spec into DIR/<model>"
+    )
     group.addoption("--gate-engines", metavar="A,B", help="collect only these engines")
     group.addoption("--gate-cache", metavar="DIR", help="reuse what is unchanged (.gate/cache in the root folder)")
     group.addoption("--gate-baselines", metavar="DIR", help="accepted baselines (baselines in the root folder)")
@@ -246,13 +248,13 @@ class Runs:
         """
         import datetime as dt
 
+        from gate.author import author
         from gate.baseline import accept
-        from gate.who import whoami
 
         now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         written = 0
         for run in self.merged():
-            result = accept(run, root=self.baselines, who=whoami(), when=now, why=UPDATE_REASON)
+            result = accept(run, root=self.baselines, who=author(), when=now, why=UPDATE_REASON)
             self.messages += [f"baseline written: {each.path}" for each in result.accepted]
             self.messages += [f"baseline not written: {each.engine}: {each.reason}" for each in result.skipped]
             written += len(result.accepted)
@@ -287,9 +289,9 @@ class SpecCollector(pytest.File):
                 collector: pytest.Collector = EngineCollector.from_parent(self, name=engine.name, file=file)
                 yield collector
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The message alone, where the spec is at fault."""
-        return str(excinfo.value) if isinstance(excinfo.value, GateError) else super().repr_failure(excinfo)
+        return str(excinfo.value) if isinstance(excinfo.value, GateError) else super().repr_failure(excinfo, style)
 
 
 class EngineCollector(pytest.Collector):
@@ -330,7 +332,7 @@ class CheckItem(pytest.Item):
         if reason is not None:
             pytest.skip(f"NOT RUN: {reason}")
         run = self.config.stash[_RUNS].check(self.file, (self.engine.name,))
-        judgement = judge(run.engines[0], self.name)
+        judgement = judge(run.engines[0], self.name, check_names(self.engine, self.file))
         self.user_properties += judgement.properties
         if judgement.status != "PASSED":
             raise NotPassed("\n".join(judgement.lines))
@@ -346,7 +348,7 @@ class CheckItem(pytest.Item):
         return self.path, None, f"{self.engine.name}::{self.name}"
 
 
-class NotPassed(Exception):  # noqa: N818
+class NotPassed(Exception):
     """A check did not pass; the message is its findings."""
 
 
@@ -390,40 +392,46 @@ def check_names(engine: EngineSpec, file: SpecFile) -> tuple[str, ...]:
     return tuple(names) or ("build",)
 
 
-def judge(result: EngineResult, name: str) -> Judgement:
-    """What the findings of an engine say of one of its tests: pure.
+def judge(result: EngineResult, name: str, names: tuple[str, ...]) -> Judgement:
+    """What the findings of an engine say of one of its tests. Pure.
 
-    A test without a finding of its own has failed, and names what kept it from being made. A finding that belongs to
-    no test of the engine therefore fails each test that lacks one; where none lacks one, see `stray`.
+    A test without a finding of its own has failed, and says what kept it from being made. A finding that belongs to
+    no test is shown by those; where there are none, the engine's first test fails with it, so that it is not lost.
+
+    Args:
+        result: Of the engine.
+        name: Of the test.
+        names: Of all tests of the engine.
     """
-    from gate.verdict import Status
+    from gate.verdict import Failure, Status
     from gate.wording import advice, anchor, belongs, failure_lines, finding_sentence
 
     if result.verdict is None:
         return Judgement("FAILED", [f"NOT RUN: {result.not_run}"], {})
-    own = [finding for finding in result.verdict.findings if belongs(finding.check, name)]
-    wrong = [finding for finding in result.failing if finding in own]
+    findings = result.verdict.findings
+    reached = {each for each in names if any(belongs(finding.check, each) for finding in findings)}
+    stray = [each for each in result.failing if not any(belongs(each.check, other) for other in names)]
+    own = [finding for finding in findings if belongs(finding.check, name)]
     sentences = {f"gate.{each.check}": finding_sentence(each, precision=result.precision) for each in own}
-    reached = bool(own)
-    if not reached or name == "build":
-        # What happened outside of every named check must not be lost: the engine's first test carries it too.
-        wrong += [each for each in result.failing if each not in wrong and (not reached or "." not in each.check)]
-    if reached and not wrong:
-        return Judgement("PASSED", [], sentences)
-    if not wrong:
-        return Judgement("FAILED", [f"FAILED  {result.name}  {name}: there is no finding: nothing was compared"], {})
     lines: list[str] = []
-    if not reached:
-        lines.append(f"FAILED  {result.name}  {name}: not reached: {wrong[0].check} failed")
+    if own:
+        wrong = [finding for finding in result.failing if finding in own]
+        if name == names[0] and reached == set(names):
+            wrong += stray
+    else:
+        wrong = stray or [finding for finding in result.failing if isinstance(finding, Failure)]
+        why = f"not reached: {wrong[0].check} failed" if wrong else "there is no finding: nothing was compared"
+        lines.append(f"FAILED  {result.name}  {name}: {why}")
+    if not wrong and not lines:
+        return Judgement("PASSED", [], sentences)
     for finding in wrong:
-        sentence = finding_sentence(finding, precision=result.precision)
-        lines.append(f"{finding.status.value}  {result.name}  {sentence}")
+        lines.append(f"{finding.status.value}  {result.name}  {finding_sentence(finding, precision=result.precision)}")
         lines += [f"    {line}" for line in failure_lines(finding)]
         lines += [f"    {line}" for line in advice(finding).splitlines()]
         lines.append(f"    {anchor(finding.check)}")
     lines += [f"    {note}" for note in result.notes]
-    only_inconclusive = reached and all(finding.status is Status.INCONCLUSIVE for finding in wrong)
-    return Judgement("INCONCLUSIVE" if only_inconclusive else "FAILED", lines, sentences)
+    inconclusive = bool(own) and all(finding.status is Status.INCONCLUSIVE for finding in wrong)
+    return Judgement("INCONCLUSIVE" if inconclusive else "FAILED", lines, sentences)
 
 
 def _asked_engines(config: pytest.Config) -> frozenset[str]:

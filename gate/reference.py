@@ -28,7 +28,7 @@ from gate.spec import SpecFile
 from gate.tensors import Array
 
 if TYPE_CHECKING:
-    from gate.cache import Cache, Entry
+    from gate.cache import Cache
     from gate.engines.interface import Runner
 
 RECORDING = "recording.json"
@@ -145,7 +145,9 @@ class ReferenceModel:
         from gate.factory import local_sources, state_digest
 
         weights = state_digest(self.module)
-        data = [each.partition(":")[0] for each in (self._file.spec.data.source, self._file.spec.data.calibration or "")]
+        data = [
+            each.partition(":")[0] for each in (self._file.spec.data.source, self._file.spec.data.calibration or "")
+        ]
         sources = local_sources(str(model.factory), self._file.folder, self.module, apart=data)
         depends = {self._relative(path): file_digest(path) for path in sources}
         identity = hashlib.sha256(
@@ -290,7 +292,9 @@ def record(
     meta: dict[str, Any] = {}
 
     def make(folder: Path) -> None:
-        outputs = _stored_batches(file, source, batch) if model.kind == "outputs" else _run_batches(model, source, batch)
+        outputs = (
+            _stored_batches(file, source, batch) if model.kind == "outputs" else _run_batches(model, source, batch)
+        )
         meta.update(_write_batches(outputs, folder, advance))
         meta["samples"] = len(source)
         meta["inputs_sha256"] = digest.inputs_sha256
@@ -317,9 +321,7 @@ def _run_batches(
             yield each.first, each.size, runner.run(each.inputs)
 
 
-def _stored_batches(
-    file: SpecFile, source: SampleSource, batch: int
-) -> Iterator[tuple[int, int, dict[str, Array]]]:
+def _stored_batches(file: SpecFile, source: SampleSource, batch: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
     name = str(file.spec.model.outputs)
     path = file.folder / name
     where = f"[model] outputs = {name!r}"
@@ -339,9 +341,15 @@ def _stored_batches(
         raise DataError(f"{path} holds no outputs", where=where)
     for key, values in arrays.items():
         if values.ndim == 0 or len(values) != len(source):
-            raise DataError(f"output {key!r} has shape {list(values.shape)}, there are {len(source)} samples", where=where)
+            raise DataError(
+                f"output {key!r} has shape {list(values.shape)}, there are {len(source)} samples", where=where
+            )
     for each in source.batches(batch):
-        yield each.first, each.size, {key: values[each.first : each.first + each.size] for key, values in arrays.items()}
+        yield (
+            each.first,
+            each.size,
+            {key: values[each.first : each.first + each.size] for key, values in arrays.items()},
+        )
 
 
 def _write_batches(

@@ -36,7 +36,7 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Base of every table of the spec: frozen, and a key it does not know is an error."""
 
 
-class AxisRange(_Table):
+class AxisRange(_Table, frozen=True):
     """The sizes a dynamic axis may take; the engine is tuned for `opt`."""
 
     min: PositiveInt
@@ -44,7 +44,7 @@ class AxisRange(_Table):
     max: PositiveInt
 
 
-class InputSpec(_Table):
+class InputSpec(_Table, frozen=True):
     """One input of the model.
 
     Args:
@@ -62,7 +62,7 @@ class InputSpec(_Table):
         return tuple(size if isinstance(size, int) else getattr(self.axes[size], which) for size in self.shape)
 
 
-class ModelSpec(_Table):
+class ModelSpec(_Table, frozen=True):
     """The reference: a PyTorch factory, an ONNX file in FP32, or stored outputs. Exactly one of them.
 
     Args:
@@ -99,7 +99,7 @@ class ModelSpec(_Table):
         return (self.weights,) if isinstance(self.weights, str) else self.weights
 
 
-class DataSpec(_Table):
+class DataSpec(_Table, frozen=True):
     """Where the samples come from.
 
     Args:
@@ -120,7 +120,7 @@ class DataSpec(_Table):
     seed: int = 0
 
 
-class TaskSpec(_Table):
+class TaskSpec(_Table, frozen=True):
     """What the model is for, so that answers can be compared with labels.
 
     Args:
@@ -132,7 +132,7 @@ class TaskSpec(_Table):
     output: str | None = None
 
 
-class ParityLimits(_Table):
+class ParityLimits(_Table, frozen=True):
     """Limits on the difference between engine and reference; METHOD of each in docs/findings.md.
 
     What is left out takes the default of the engine's precision, unless `defaults = false`.
@@ -151,7 +151,7 @@ class ParityLimits(_Table):
     top5_agreement_at_least: Fraction | None = None
 
 
-class ParitySpec(ParityLimits):
+class ParitySpec(ParityLimits, frozen=True):
     """Parity with the reference.
 
     Args:
@@ -166,7 +166,7 @@ class ParitySpec(ParityLimits):
     outputs: dict[str, ParityLimits] = {}
 
 
-class TaskLimits(_Table):
+class TaskLimits(_Table, frozen=True):
     """Limits on the task's own metric against labels. Drops are against the reference, in percentage points.
 
     With no key at all, `top1_drop_at_most_pp` takes the precision's default.
@@ -178,7 +178,7 @@ class TaskLimits(_Table):
     top5_drop_at_most_pp: NonNegative | None = None
 
 
-class LatencySpec(_Table):
+class LatencySpec(_Table, frozen=True):
     """Latency budgets at one batch size, host wall time of one inference.
 
     Args:
@@ -201,14 +201,14 @@ class LatencySpec(_Table):
     throughput_at_least: Positive | None = None
 
 
-class MemorySpec(_Table):
+class MemorySpec(_Table, frozen=True):
     """Budgets for size: the engine's file, and the host memory that loading and running it adds."""
 
     engine_mib: Positive | None = None
     host_peak_mib: Positive | None = None
 
 
-class BaselineLimits(_Table):
+class BaselineLimits(_Table, frozen=True):
     """Limits against the accepted baseline of this engine.
 
     Args:
@@ -220,7 +220,7 @@ class BaselineLimits(_Table):
     rel_rmse_ratio_at_most: Annotated[float, msgspec.Meta(ge=1)] | None = None
 
 
-class MetamorphicSpec(_Table):
+class MetamorphicSpec(_Table, frozen=True):
     """Checks that need no reference. All are on unless switched off.
 
     Args:
@@ -236,7 +236,7 @@ class MetamorphicSpec(_Table):
     rel_rmse: NonNegative | None = None
 
 
-class EngineOptions(_Table):
+class EngineOptions(_Table, frozen=True):
     """Options of a backend; one that the backend does not have is an error.
 
     Args:
@@ -259,7 +259,7 @@ OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class EngineSpec(_Table):
+class EngineSpec(_Table, frozen=True):
     """One engine and what is asked of it.
 
     Args:
@@ -298,7 +298,7 @@ class EngineSpec(_Table):
         return self.evidence or ("host" if self.backend == "onnxruntime" else "device")
 
 
-class PolicySpec(_Table):
+class PolicySpec(_Table, frozen=True):
     """What may be sealed.
 
     Args:
@@ -308,7 +308,7 @@ class PolicySpec(_Table):
     seal_evidence: Literal["preflight", "host", "device"] = "host"
 
 
-class GateSpec(_Table, rename={"engines": "engine"}):
+class GateSpec(_Table, frozen=True, rename={"engines": "engine"}):
     """A whole `gate.toml`."""
 
     schema: Literal[1]
@@ -435,7 +435,9 @@ def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str,
     if missing:
         return SpecError(f"{_table(key)} needs {missing.group(1)!r}", where=f"{path}:{line_of(text, key)}")
     got = _value_at(raw, key)
-    message = re.sub(r", got `[^`]*`$", "", message).replace(" | null", "").replace("`", "").replace("Expected", "expected")
+    message = (
+        re.sub(r", got `[^`]*`$", "", message).replace(" | null", "").replace("`", "").replace("Expected", "expected")
+    )
     shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
     enum = re.search(r"Invalid enum value", message)
     if enum and key:
@@ -661,7 +663,10 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
     if engine.backend == "onnxruntime" and engine.evidence == "device":
         yield ("evidence",), "backend 'onnxruntime' runs on the CPU: its evidence is host"
     if engine.backend != "onnxruntime" and engine.evidence == "host":
-        yield ("evidence",), f"backend {engine.backend!r} runs on a GPU: ask for 'device', or 'preflight' to compile only"
+        yield (
+            ("evidence",),
+            f"backend {engine.backend!r} runs on a GPU: ask for 'device', or 'preflight' to compile only",
+        )
     checks = {key: getattr(engine, key) for key in ("parity", "task", "latency", "memory", "baseline")}
     asked = {key: table for key, table in checks.items() if table is not None}
     if engine.required_evidence == "preflight":
@@ -687,11 +692,7 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
             yield ("parity", "defaults"), "[engine.parity] has defaults = false and no limit of its own"
     if engine.task is not None and spec.task is None:
         yield ("task",), "[engine.task] needs a [task] table that says what the model is for"
-    if (
-        engine.baseline is not None
-        and engine.baseline.top1_drop_at_most_pp is not None
-        and (spec.task is None)
-    ):
+    if engine.baseline is not None and engine.baseline.top1_drop_at_most_pp is not None and (spec.task is None):
         yield ("baseline", "top1_drop_at_most_pp"), "top1_drop_at_most_pp needs a [task]"
     if (
         engine.precision == "int8"
@@ -704,7 +705,7 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
             "int8 is decided by its answers: add [engine.task], or top1_agreement_at_least in [engine.parity]",
         )
     if engine.precision == "int8" and engine.onnx is None and engine.plan is None and spec.data.calibration is None:
-        yield ("precision",), "int8 needs calibration samples: add calibration = \"module:function\" to [data]"
+        yield ("precision",), 'int8 needs calibration samples: add calibration = "module:function" to [data]'
     if engine.onnx is None and engine.plan is None and spec.model.outputs is not None:
         yield (), "the reference is stored outputs, so the engine needs its own onnx or plan"
     batch = next(iter(spec.inputs.values())).shape[:1] if spec.inputs else ()
@@ -713,8 +714,7 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
         if sizes is not None and not sizes.min <= engine.latency.batch <= sizes.max:
             yield (
                 ("latency", "batch"),
-                f"[engine.latency] batch = {engine.latency.batch} is outside the profile "
-                f"({sizes.min} to {sizes.max})",
+                f"[engine.latency] batch = {engine.latency.batch} is outside the profile ({sizes.min} to {sizes.max})",
             )
 
 

@@ -73,7 +73,11 @@ def test_a_value_over_several_lines_is_located_at_its_first() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("rel_rmse = 1e-4", "rel_rmsd = 1e-4", r"gate\.toml:25: \[engine\.parity\] has no key 'rel_rmsd'; did you mean 'rel_rmse'"),
+        (
+            "rel_rmse = 1e-4",
+            "rel_rmsd = 1e-4",
+            r"gate\.toml:25: \[engine\.parity\] has no key 'rel_rmsd'; did you mean 'rel_rmse'",
+        ),
         ("rel_rmse = 1e-4", "rel_rmse = nan", r"gate\.toml:25: \[engine\.parity\] rel_rmse"),
         ("rel_rmse = 1e-4", 'rel_rmse = "low"', r"gate\.toml:25: .*expected float, got 'low'"),
         ("samples = 10", "samples = 0", r"gate\.toml:15: \[data\] samples: expected int >= 1, got 0"),
@@ -91,7 +95,11 @@ def test_a_value_over_several_lines_is_located_at_its_first() -> None:
         ('factory = "model:load"', "", r"gate\.toml:3: .*exactly one of factory, onnx, outputs; it has none"),
         ('factory = "model:load"', 'factory = "model"', r"gate\.toml:5: .*expected 'module:function', got 'model'"),
         ('precision = "fp32"', 'precision = "int8"', r"gate\.toml:23: .*int8 is decided by its answers"),
-        ('precision = "fp32"', 'precision = "fp32"\noptions = { workspace_mib = 1 }', r"gate\.toml:24: .*has no option 'workspace_mib'"),
+        (
+            'precision = "fp32"',
+            'precision = "fp32"\noptions = { workspace_mib = 1 }',
+            r"gate\.toml:24: .*has no option 'workspace_mib'",
+        ),
         ('[task]\nkind = "classification"\n', "", None),
         ("schema = 1", "schema = 2", r"gate\.toml:1: "),
         ("schema = 1", "schema = ", r"gate\.toml:1: is not TOML"),
@@ -112,7 +120,9 @@ def test_no_engine_is_refused() -> None:
 
 
 def test_a_task_limit_needs_a_task() -> None:
-    text = GOOD.replace('[task]\nkind = "classification"\n', "").replace("  [engine.latency]", "  [engine.task]\n  [engine.latency]")
+    text = GOOD.replace('[task]\nkind = "classification"\n', "").replace(
+        "  [engine.latency]", "  [engine.task]\n  [engine.latency]"
+    )
     with pytest.raises(SpecError, match=r"\[engine\.task\] needs a \[task\]"):
         parse(text)
 

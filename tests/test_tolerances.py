@@ -271,7 +271,7 @@ def test_resolved_limits_say_where_they_come_from():
 
 
 def test_every_finding_has_its_place_in_the_documentation():
-    keys = "max_abs mean_abs rel_rmse cosine_distance mean_cosine_distance centered_cosine_distance".split()
+    keys = ["max_abs", "mean_abs", "rel_rmse", "cosine_distance", "mean_cosine_distance", "centered_cosine_distance"]
     parity = "\n".join(f"{key} = 1.0" for key in keys)
     parity += "\nsqnr_db_at_least = 1.0\nallclose_at_least = 0.1\n"
     parity += "top1_agreement_at_least = 0.1\ntop5_agreement_at_least = 0.1"

@@ -52,7 +52,9 @@ def test_status_follows_from_interval_and_limit(
     assert finding(lower, lower, upper, limit, kind).status is status
 
 
-@given(estimate=ANY, lower=ANY, upper=ANY, limit=ANY, kind=st.sampled_from(["at_most", "at_least"]), n=st.integers(-1, 5))
+@given(
+    estimate=ANY, lower=ANY, upper=ANY, limit=ANY, kind=st.sampled_from(["at_most", "at_least"]), n=st.integers(-1, 5)
+)
 def test_a_pass_needs_numbers_samples_and_an_interval_that_keeps_the_limit(
     estimate: float, lower: float, upper: float, limit: float, kind: str, n: int
 ) -> None:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import getpass
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gate.author import ACCEPTED_BY, author
 from gate.cli import COMMANDS
 from gate.cli.check import LATEST, RUNS
 from gate.errors import BaselineError, ExitCode, MeasurementError
 
 if TYPE_CHECKING:
     from gate.baseline import Baseline, Change
-
-_ACCEPTED_BY = "GATE_ACCEPTED_BY"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,9 +32,7 @@ def add_parser(subparsers: Any) -> None:
         help=f"a report.json or the folder of one; left out: the newest in {RUNS}",
     )
     accept.add_argument("--reason", required=True, metavar="TEXT", help="why this is what later runs are held against")
-    accept.add_argument(
-        "--by", metavar="NAME", help=f"who accepts; left out: ${_ACCEPTED_BY}, git's user, or the login"
-    )
+    accept.add_argument("--by", metavar="NAME", help=f"who accepts; left out: ${ACCEPTED_BY}, git's user, or the login")
     accept.add_argument(
         "--engine", action="append", default=[], metavar="NAME", help="only this engine; may be repeated"
     )
@@ -86,7 +79,7 @@ def _run_accept(args: argparse.Namespace) -> ExitCode:
     for path in report_paths(args.run_path):
         run = read_report(path)
         result = accept(
-            run, engines=args.engine, root=args.baselines, who=args.by or _whoami(), when=now, why=args.reason
+            run, engines=args.engine, root=args.baselines, who=args.by or author(), when=now, why=args.reason
         )
         for accepted in result.accepted:
             print(f"accepted      {accepted.engine}  {accepted.path}")
@@ -223,20 +216,3 @@ def _value(value: float | str | None) -> str:
     if isinstance(value, str):
         return value if len(value) < 64 else f"{value[:12]}…"
     return f"{value:.6g}"
-
-
-def _whoami() -> str:
-    """Who accepts: the environment's word, git's user, or the login."""
-    if os.environ.get(_ACCEPTED_BY, "").strip():
-        return os.environ[_ACCEPTED_BY].strip()
-    try:
-        done = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False, timeout=10)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        print("who accepts is not known here; say it with --by NAME", file=sys.stderr)
-        return ""

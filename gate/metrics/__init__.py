@@ -1,0 +1,1 @@
+"""Metrics of the task, one file per task."""

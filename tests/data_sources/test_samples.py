@@ -136,7 +136,9 @@ def test_the_digest_depends_on_content_and_order_and_not_on_the_batch(batch: int
 
     values = np.arange(24, dtype=np.float32).reshape(6, 4)
     one = digest_of(ArraySource(Samples({"x": values}), 6), inputs=INPUTS, batch=6, where="")
-    other = digest_of(ArraySource(Samples({"x": np.roll(values, shift, axis=0)}), 6), inputs=INPUTS, batch=batch, where="")
+    other = digest_of(
+        ArraySource(Samples({"x": np.roll(values, shift, axis=0)}), 6), inputs=INPUTS, batch=batch, where=""
+    )
     assert (one.data_sha256 == other.data_sha256) == (shift == 0)
     assert sorted(one.samples) == sorted(other.samples)
 
@@ -149,5 +151,7 @@ def test_one_shared_sample_is_enough_to_refuse_a_calibration_set() -> None:
     apart = digest_of(ArraySource(Samples({"x": values[6:]}), 6), inputs=INPUTS, batch=6, where="")
     shared = digest_of(ArraySource(Samples({"x": values[5:]}), 7), inputs=INPUTS, batch=6, where="")
     require_disjoint(evaluation, apart)
-    with pytest.raises(DataError, match=r"1 of 7 calibration samples are evaluation samples \(calibration 0 is evaluation 5\)"):
+    with pytest.raises(
+        DataError, match=r"1 of 7 calibration samples are evaluation samples \(calibration 0 is evaluation 5\)"
+    ):
         require_disjoint(evaluation, shared)

@@ -1,5 +1,7 @@
 """TensorRT-RTX compiles here for real; running a plan needs a GPU."""
 
+import json
+
 import msgspec
 import numpy as np
 import onnx
@@ -8,8 +10,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gate.device import Gpu, gpu
 from gate.engines import backend
-import json
-
 from gate.engines.tensorrt import TensorRTBackend, layers_of_inspector
 from gate.errors import BackendUnavailable, BuildError
 from gate.spec import GateSpec
@@ -200,7 +200,9 @@ def layer_86(kind: str, weights: str | None, tactic: str | None) -> dict[str, ob
 
 def test_inspector_with_dynamic_shapes_is_read_by_weights_and_tactics():
     layers = [
-        layer_86("CaskConvolution", "Float", "sm80_xmma_fprop_implicit_gemm_f32f32_f32f32_f32_nchwkcrs_nchw_tilesize32"),
+        layer_86(
+            "CaskConvolution", "Float", "sm80_xmma_fprop_implicit_gemm_f32f32_f32f32_f32_nchwkcrs_nchw_tilesize32"
+        ),
         layer_86("CaskConvolution", "Float", "sm90_xmma_fprop_implicit_gemm_f32f32_tf32f32_f32_nhwckrsc_nhwc_tilesize"),
         layer_86("CaskConvolution", "Half", "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize64"),
         layer_86("CaskConvolution", "Int8", "sm80_xmma_fprop_implicit_gemm_interleaved_i8f32_i8i32_f32_nchw_vect_c_32"),

@@ -17,7 +17,7 @@ from gate.cli.main import main
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
-TWO_OUTPUTS = '''
+TWO_OUTPUTS = """
 import torch
 from model import load as load_digits
 
@@ -35,7 +35,7 @@ class TwoOutputs(torch.nn.Module):
 
 def load():
     return TwoOutputs().eval()
-'''
+"""
 
 SPEC = """schema = 1
 
@@ -200,7 +200,11 @@ def _copy_project(folder: Path) -> None:
 
 @pytest.fixture
 def project(
-    tmp_path: Path, good_engine: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    good_engine: Path,
+    shared_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Project:
     """The project with an engine that passes."""
     monkeypatch.chdir(tmp_path)

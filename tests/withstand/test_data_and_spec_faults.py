@@ -22,8 +22,10 @@ def test_fewer_samples_than_required_is_an_error(project: Project) -> None:
 
 
 def test_fewer_labels_than_samples_is_an_error(project: Project) -> None:
-    project.edit_data("digits = held_out()\n    return Samples(inputs={\"input\": digits.images}, labels=digits.labels)",
-                      "digits = held_out()\n    return Samples(inputs={\"input\": digits.images}, labels=digits.labels[:-1])")
+    project.edit_data(
+        'digits = held_out()\n    return Samples(inputs={"input": digits.images}, labels=digits.labels)',
+        'digits = held_out()\n    return Samples(inputs={"input": digits.images}, labels=digits.labels[:-1])',
+    )
     outcome = project.check()
     assert outcome.code == 2
     assert "has 797 samples but 796 labels" in outcome.text
@@ -64,7 +66,11 @@ def test_labels_in_another_order_are_noticed_by_the_reference_check(project: Pro
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  [engine.parity]\n", "  [engine.parity]\n  max_abs_diff = 1e-3\n", "has no key 'max_abs_diff'; did you mean 'max_abs'"),
+        (
+            "  [engine.parity]\n",
+            "  [engine.parity]\n  max_abs_diff = 1e-3\n",
+            "has no key 'max_abs_diff'; did you mean 'max_abs'",
+        ),
         ("  [engine.parity]\n", "  [engine.parrity]\n", "has no key 'parrity'; did you mean 'parity'"),
         (
             "  [engine.parity]\n  [engine.task]\n  top1_drop_at_most_pp = 0.5\n",
