@@ -29,9 +29,10 @@ if TYPE_CHECKING:
         SpecError,
         VerificationError,
     )
-    from gate.pipeline import CheckOptions, check
+    from gate.pipeline import CheckOptions, check, seal_passed
     from gate.results import CheckRun, EngineResult
     from gate.spec import GateSpec, SpecFile, read_spec
+    from gate.store import verify
     from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict
 
 __version__ = "0.1.0"
@@ -68,6 +69,8 @@ __all__ = [
     "VerificationError",
     "check",
     "read_spec",
+    "seal_passed",
+    "verify",
 ]
 
 _ELSEWHERE = {
@@ -86,6 +89,8 @@ _ELSEWHERE = {
     "Verdict": "gate.verdict",
     "check": "gate.pipeline",
     "read_spec": "gate.spec",
+    "seal_passed": "gate.pipeline",
+    "verify": "gate.store",
 }
 """The module of each public name; one that is not here is an error's, in gate.errors."""
 

@@ -208,7 +208,7 @@ def _read(path: Path, *, kind: str, key: str) -> Entry:
         raise BundleError(f"{_RECORD}: {err.message}") from err
     except msgspec.ValidationError as err:
         raise BundleError(f"{_RECORD}: {err}") from err
-    if record.digest != _digest(record):
+    if record.digest != _digest(record) or data != pretty_json(msgspec.to_builtins(record)):
         raise BundleError(f"{_RECORD}: digest differs")
     if (record.kind, record.key) != (kind, key):
         raise BundleError(f"{_RECORD}: is of {record.kind}/{record.key[:4]}…")

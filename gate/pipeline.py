@@ -244,8 +244,13 @@ class _Exported:
     reused: bool
 
 
-def check(file: SpecFile, options: CheckOptions, observer: Observer) -> CheckRun:
+def check(file: SpecFile, options: CheckOptions | None = None, observer: Observer | None = None) -> CheckRun:
     """Run a spec and judge it.
+
+    Args:
+        file: From `read_spec`.
+        options: How; left out: all engines, the cache and the baselines of the current folder.
+        observer: Told of progress; left out: nobody.
 
     One engine that cannot be built or run is a Failure of that engine, and the others go on. What concerns all of
     them is raised.
@@ -261,6 +266,8 @@ def check(file: SpecFile, options: CheckOptions, observer: Observer) -> CheckRun
     from gate import __version__
     from gate.device import fingerprint, git_revision
 
+    options = options or CheckOptions()
+    observer = observer or Silence()
     started = time.perf_counter()
     chosen = [file.engine(name) for name in options.engines] or list(file.spec.engines)
     usable = {engine.name: _usable(engine, file) for engine in chosen}
@@ -847,7 +854,8 @@ def _compare(
         if any(finding.status is not Status.PASSED for finding in parity):
             for metrics in outputs:
                 pair = kept[metrics.output]
-                if recording.outputs[metrics.output].batch_axis and metrics.kind == "float":
+                alike = len({each.shape[1:] for each in pair[0]}) == 1
+                if recording.outputs[metrics.output].batch_axis and metrics.kind == "float" and alike:
                     notes.extend(diagnose(metrics, np.concatenate(pair[0]), np.concatenate(pair[1])))
     counted = None
     if task is not None:

@@ -213,7 +213,8 @@ class Runs:
                 continue
             names = {result.name for result in before.engines}
             more = tuple(result for result in run.engines if result.name not in names)
-            merged[run.spec_path] = msgspec.structs.replace(before, engines=(*before.engines, *more))
+            device = run.device if run.device.kind == "gpu" else before.device
+            merged[run.spec_path] = msgspec.structs.replace(before, engines=(*before.engines, *more), device=device)
         return [merged[path] for path in sorted(merged)]
 
     def write_reports(self) -> None:
@@ -253,8 +254,13 @@ class Runs:
 
         now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         written = 0
-        for run in self.merged():
-            result = accept(run, root=self.baselines, who=author(), when=now, why=UPDATE_REASON)
+        seen: set[tuple[str, str]] = set()
+        for run in self._finished():
+            engines = tuple(each.name for each in run.engines if (run.spec_path, each.name) not in seen)
+            seen.update((run.spec_path, name) for name in engines)
+            if not engines:
+                continue
+            result = accept(run, engines=engines, root=self.baselines, who=author(), when=now, why=UPDATE_REASON)
             self.messages += [f"baseline written: {each.path}" for each in result.accepted]
             self.messages += [f"baseline not written: {each.engine}: {each.reason}" for each in result.skipped]
             written += len(result.accepted)
@@ -289,9 +295,9 @@ class SpecCollector(pytest.File):
                 collector: pytest.Collector = EngineCollector.from_parent(self, name=engine.name, file=file)
                 yield collector
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]  # as Collector
         """The message alone, where the spec is at fault."""
-        return str(excinfo.value) if isinstance(excinfo.value, GateError) else super().repr_failure(excinfo, style)
+        return str(excinfo.value) if isinstance(excinfo.value, GateError) else super().repr_failure(excinfo)
 
 
 class EngineCollector(pytest.Collector):
@@ -345,7 +351,8 @@ class CheckItem(pytest.Item):
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """The spec, and the names."""
-        return self.path, None, f"{self.engine.name}::{self.name}"
+        # Not the end of the node's id, which pytest would take apart at its dots.
+        return self.path, None, f"{self.engine.name} {self.name}"
 
 
 class NotPassed(Exception):
@@ -420,12 +427,17 @@ def judge(result: EngineResult, name: str, names: tuple[str, ...]) -> Judgement:
             wrong += stray
     else:
         wrong = stray or [finding for finding in result.failing if isinstance(finding, Failure)]
-        why = f"not reached: {wrong[0].check} failed" if wrong else "there is no finding: nothing was compared"
+        why = "there is no finding: nothing was compared"
+        if wrong:
+            why = f"not reached: {finding_sentence(wrong[0], precision=result.precision)}"
         lines.append(f"FAILED  {result.name}  {name}: {why}")
     if not wrong and not lines:
         return Judgement("PASSED", [], sentences)
-    for finding in wrong:
-        lines.append(f"{finding.status.value}  {result.name}  {finding_sentence(finding, precision=result.precision)}")
+    for index, finding in enumerate(wrong):
+        if own or index:
+            lines.append(
+                f"{finding.status.value}  {result.name}  {finding_sentence(finding, precision=result.precision)}"
+            )
         lines += [f"    {line}" for line in failure_lines(finding)]
         lines += [f"    {line}" for line in advice(finding).splitlines()]
         lines.append(f"    {anchor(finding.check)}")

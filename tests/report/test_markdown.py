@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from gate.report.markdown import github_annotations, markdown
+from tests.report import conftest as runs
+
+
+def test_the_first_line_is_the_verdict_with_its_reason():
+    first, _, following, *_ = markdown(runs.FAILED).splitlines()
+    assert first == "**FAILED ort-int8 parity.rel_rmse: 9.7e-03 > 5.0e-03 (gate.toml:41)**"
+    assert following == "Next: `gate check examples/digits/gate.toml --engine ort-int8 --verbose`"
+
+
+def test_every_finding_stands_in_a_fold_with_its_interval_limit_and_source():
+    text = markdown(runs.FAILED)
+    assert "<details><summary>ort-int8: FAILED, 3 findings</summary>" in text
+    assert "| task.top1_drop_pp | FAILED | 0.12 pp | 0.11 to 0.13 pp | &lt;= 0.10 pp | gate.toml:41 | 797 | host |" in text
+    assert text.count("<details>") == text.count("</details>") == 3
+
+
+def test_digests_and_provenance_are_there():
+    text = markdown(runs.PASSED)
+    assert "| data sha256 | " + "2" * 64 + " |" in text
+    assert "| engine ort-fp32 sha256 | " + "ab" * 32 in text
+
+
+def test_an_engine_that_was_not_run_says_why():
+    assert "**NOT RUN** `trt-fp16`: backend 'tensorrt' is not installed" in markdown(runs.ALL)
+
+
+def test_text_cannot_break_the_table():
+    run = runs.run_of(runs.engine("ort", runs.finding(detail="a | b <script>\n`x`")))
+    text = markdown(run)
+    assert "<script>" not in text
+    assert "a \\| b &lt;script>" in text
+
+
+def test_annotations_point_at_the_limit_and_escape_lines():
+    lines = github_annotations(runs.ALL)
+    assert "::error file=gate.toml,line=41,title=FAILED ort-int8 parity.rel_rmse::parity.rel_rmse: 9.7e-03" in lines[1]
+    assert any("%0Anode: /f/Conv" in line for line in lines)
+    assert not any("\n" in line for line in lines)
+    assert github_annotations(runs.PASSED) == ()

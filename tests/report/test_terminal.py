@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from gate.report.terminal import PlainProgress, progress, render, show, terminal_width
+from tests.report import conftest as runs
+
+
+def test_the_first_line_names_engine_check_observed_limit_and_next_command():
+    first = render(runs.FAILED).splitlines()[0]
+    assert first == (
+        "FAILED  ort-int8  parity.rel_rmse: 9.7e-03 > 5.0e-03 (gate.toml:41)"
+        "   next: gate check examples/digits/gate.toml --engine ort-int8 --verbose"
+    )
+
+
+def test_the_first_line_of_a_pass_counts_engines_and_samples():
+    assert render(runs.PASSED).splitlines()[0] == "PASSED  digits-cnn: 2 engines, 797 samples"
+
+
+def test_a_run_in_which_nothing_ran_is_not_a_pass():
+    screen = render(runs.NOT_RUN)
+    assert screen.startswith("NOT RUN  digits-cnn: no engine ran, so there is nothing to pass")
+    assert screen.endswith("exit 3 (inconclusive)\n")
+
+
+def test_an_inconclusive_engine_says_what_is_needed():
+    screen = render(runs.INCONCLUSIVE)
+    assert "INCONCLUSIVE  ort-fp16  latency.p99_ms: 0.11 ms [at least 0.02 ms], limit <= 2 ms (gate.toml:41)" in screen
+    assert "        p99 needs at least 459 samples, has 300; raise samples or max_time_s\n" in screen
+    assert screen.endswith("exit 3 (inconclusive)\n")
+
+
+def test_the_failing_engine_is_explained_with_sample_cause_command_and_page():
+    lines = render(runs.FAILED, report="out/report.md").splitlines()
+    block = lines[lines.index("FAILED  ort-int8  parity.rel_rmse: 9.7e-03 > 5.0e-03 (gate.toml:41)") :]
+    assert [line.strip() for line in block[1:5]] == [
+        "worst sample 512 (label 8, reference 8 by 0.31, engine 3)",
+        "also FAILED: task.top1_drop_pp: 0.12 pp [0.11 to 0.13 pp] > 0.10 pp (gate.toml:41)",
+        "likely cause: 2 activations clip",
+        "next: gate check examples/digits/gate.toml --engine ort-int8 --verbose   ·   docs/findings.md#parity-rel_rmse",
+    ]
+    assert lines[-1] == "report: out/report.md          exit 1 (failed)"
+
+
+def test_every_engine_has_a_line_in_the_table():
+    screen = render(runs.ALL)
+    table = {line.split()[0]: line for line in screen.splitlines()[4:11]}
+    assert "98.49 % (=)" in table["ort-fp32"]
+    assert "0.21 / 0.24 ms" in table["ort-fp32"]
+    assert "98.37 % (-0.13 pp)" in table["ort-int8"]
+    assert table["rtx-fp16"].count("not run here") == 3
+    assert table["rtx-fp16"].endswith("PASSED (preflight only)")
+    assert table["trt-fp16"].endswith("NOT RUN")
+    assert table["trt-int8"].endswith("FAILED (preflight only)") or table["trt-int8"].endswith("FAILED")
+    assert "NOT RUN  trt-fp16  backend 'tensorrt' is not installed" in screen
+
+
+def test_a_failure_shows_the_compilers_log_and_the_hint():
+    screen = render(runs.ALL)
+    assert "FAILED  trt-int8  build: the compiler refused the graph\n        node: /f/Conv\n" in screen
+    assert "[E] no implementation" in screen
+    assert "Lower it with another opset." in screen
+
+
+def test_verbose_lists_each_finding_with_limit_source_and_count():
+    screen = render(runs.FAILED, verbose=True)
+    assert "PASSED        parity.max_abs: 4.1e-07, limit <= 5.0e-03 (gate.toml:41), n = 797, host" in screen
+
+
+def test_default_limits_say_of_which_precision():
+    from gate.verdict import Limit
+
+    run = runs.run_of(runs.engine("ort", runs.finding(estimate=0.0, limit=0, **{"limit": Limit("at_most", 1e-5, "default")})))
+    assert "default limits of the precision applied to ort" in render(run)
+    assert "(default for fp32)" in render(run, verbose=True)
+
+
+def test_the_table_fits_eighty_columns():
+    lines = render(runs.ALL, width=80).splitlines()
+    table = lines[4:11]
+    assert max(map(len, table)) <= 80
+    assert "verdict" in table[0]
+
+
+def test_nothing_is_wrapped_or_coloured_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = io.StringIO()
+    show(render(runs.FAILED), stream)
+    assert stream.getvalue() == render(runs.FAILED)
+    assert terminal_width(stream) is None
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_colours_unless_no_color_is_set(monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured, plain = Terminal(), Terminal()
+    show(render(runs.FAILED), coloured)
+    monkeypatch.setenv("NO_COLOR", "1")
+    show(render(runs.FAILED), plain)
+    assert "\x1b[1;31mFAILED" in coloured.getvalue()
+    assert "31m" not in plain.getvalue()
+    assert "FAILED" in plain.getvalue()
+
+
+def test_a_log_gets_one_line_a_stage():
+    stream = io.StringIO()
+    with progress(stream) as observer:
+        observer.stage("reference", total=3)
+        observer.advance(3)
+        observer.stage("build", engine="ort-fp16")
+        observer.note("rebuilt a cache entry")
+        observer.done()
+    assert isinstance(observer, PlainProgress)
+    assert stream.getvalue() == "reference\nbuild       ort-fp16\nnote        rebuilt a cache entry\n"
+
+
+def test_a_terminal_gets_bars_that_go_away(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    with progress(stream) as observer:
+        observer.stage("compare", engine="ort-fp16", total=4)
+        observer.advance(2)
+        observer.note("rebuilt a cache entry")
+        observer.stage("latency", engine="ort-fp16")
+    assert "compare" in stream.getvalue()
+    assert "rebuilt a cache entry" in stream.getvalue()
+
+
+@pytest.mark.parametrize("run", [runs.PASSED, runs.FAILED, runs.INCONCLUSIVE, runs.NOT_RUN, runs.ALL])
+def test_every_screen_ends_with_its_exit_code(run):
+    assert "exit " in render(run).splitlines()[-1]
