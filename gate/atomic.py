@@ -252,7 +252,18 @@ def _is_locked(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a temporary file or folder as well as it goes; what stays is stale, and removed by a later writer."""
+    """Remove a temporary file or folder as well as it goes; what stays is stale, and removed by a later writer.
+
+    Ctrl-C in the midst of it is raised when it is done; a second one ends it.
+    """
+    try:
+        _remove_at_once(path)
+    except BaseException:
+        _remove_at_once(path)
+        raise
+
+
+def _remove_at_once(path: Path) -> None:
     try:
         path.unlink()
     except (IsADirectoryError, PermissionError):

@@ -361,11 +361,14 @@ class _Verification:
     def read_statement(self) -> str:
         """The list of files, which is exactly the files that are there."""
         where = self.where(MANIFEST_PATH)
-        raw = strict_json(_read_manifest(self.bundle), where=where)
+        data = _read_manifest(self.bundle)
+        raw = strict_json(data, where=where)
         try:
             self.statement = msgspec.convert(raw, Statement)
         except msgspec.ValidationError as err:
             raise VerificationError(f"is not a statement over a bundle: {err}", where=where) from err
+        if data != pretty_json(raw):
+            raise VerificationError("is not written as sealing writes it", where=where)
         listed = [subject.name for subject in self.statement.subject]
         if len(set(listed)) != len(listed):
             raise VerificationError("lists a file twice", where=where)

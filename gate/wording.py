@@ -73,7 +73,7 @@ def limit_source(limit: Limit, precision: str | None = None) -> str:
 def interval_text(finding: Finding) -> str:
     """The interval in words, with the unit; empty where it is a single value."""
     lower, upper = finding.interval.lower, finding.interval.upper
-    if lower == upper:
+    if lower == upper or (math.isnan(lower) and math.isnan(upper)):
         return ""
     low, high = (with_unit(number(value, digits=3), finding.unit) for value in (lower, upper))
     if math.isinf(lower) and math.isinf(upper):

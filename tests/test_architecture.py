@@ -18,7 +18,7 @@ LAYERS = {
     "words": ("manifest", "spec", "statistics", "tensors", "verdict", "wording"),
     "results": ("engines.interface", "metadata", "results"),
     "judges": ("compare", "diagnosis", "latency", "metamorphic", "metrics.*", "precision", "tolerances"),
-    "ground": ("atomic", "cache", "chatter", "device", "engines.graph", "factory", "memory", "timing"),
+    "ground": ("atomic", "author", "cache", "chatter", "device", "engines.graph", "factory", "memory", "timing"),
     "effects": ("baseline", "data.*", "engines.*", "export", "lower", "reference", "store"),
     "pipeline": ("pipeline", "schemas"),
     "edges": ("cli.*", "pytest_plugin", "report.*"),
@@ -37,6 +37,7 @@ SIDEWAYS = {
     "reference": {"data", "engines"},
     "store": {"baseline"},
     "cli": {"report"},
+    "pytest_plugin": {"report"},
 }
 
 FRAMEWORKS = (

@@ -280,9 +280,7 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path, name):
 
 
 def found(baseline, result, file, engine="ort-fp16"):
-    findings = baseline_findings(
-        baseline, result, engine=file.engine(engine), file=file, evidence=Evidence.HOST
-    )
+    findings = baseline_findings(baseline, result, engine=file.engine(engine), file=file, evidence=Evidence.HOST)
     return {each.check: each for each in findings}
 
 

@@ -214,7 +214,9 @@ def test_without_a_root_it_is_temporary_and_gone_at_exit():
         cache.put("export", {KEY!r}, lambda f: f.joinpath("a").write_bytes(b"x"), {{}})
         print(cache.root)
     """
-    root = Path(subprocess.check_output([sys.executable, "-W", "error", "-c", textwrap.dedent(script)], text=True).strip())
+    root = Path(
+        subprocess.check_output([sys.executable, "-W", "error", "-c", textwrap.dedent(script)], text=True).strip()
+    )
     assert not root.exists()
 
 

@@ -58,8 +58,8 @@ def test_a_limit_reads_as_it_was_set():
 
 
 @given(
-    st.floats(allow_nan=False, allow_infinity=False, width=32, min_value=1e-12, max_value=1e9),
-    st.floats(allow_nan=False, allow_infinity=False, width=32, min_value=1e-12, max_value=1e9),
+    st.floats(allow_nan=False, allow_infinity=False, min_value=1e-12, max_value=1e9),
+    st.floats(allow_nan=False, allow_infinity=False, min_value=1e-12, max_value=1e9),
 )
 def test_a_failed_number_is_never_shown_as_its_limit(estimate, limit):
     found = finding(estimate, limit)

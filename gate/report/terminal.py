@@ -36,6 +36,7 @@ DROPPED_WHEN_NARROW = ("evidence", "size")
 """Columns that a narrow terminal does without; report.md has them all."""
 MOST_OTHERS = 8
 
+_SHORTER = {NOT_RUN_HERE: "not run", "PASSED (preflight only)": "PASSED (preflight)"}
 _COLOURED = re.compile(r"\b(PASSED|FAILED|INCONCLUSIVE|NOT RUN|REFUSED)\b")
 _STYLES = {
     "PASSED": "bold green",
@@ -84,11 +85,13 @@ def render(run: CheckRun, *, report: str | None = None, verbose: bool = False, w
         "",
         *_table(run, width),
     ]
+    for status in (Status.FAILED, Status.INCONCLUSIVE):
+        for result in run.engines:
+            if result.status is status:
+                lines += ["", *_explained(run, result)]
     for result in run.engines:
         if result.status is None:
             lines += ["", f"NOT RUN  {result.name}  {result.not_run or 'no reason was given'}"]
-        elif result.status is not Status.PASSED:
-            lines += ["", *_explained(run, result)]
     if verbose:
         for result in run.engines:
             lines += ["", *_all_findings(result)]
@@ -128,7 +131,7 @@ def _table(run: CheckRun, width: int | None) -> Iterator[str]:
             break
         kept = [index for index, heading in enumerate(headings) if heading != dropped]
         headings = tuple(headings[index] for index in kept)
-        body = [tuple("not run" if row[index] == NOT_RUN_HERE else row[index] for index in kept) for row in body]
+        body = [tuple(_SHORTER.get(row[index], row[index]) for index in kept) for row in body]
         table = _columns([headings, *body])
     yield from table
 

@@ -156,32 +156,25 @@ class Project:
 @pytest.fixture(scope="session")
 def good_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two-output model as FP32 ONNX, exported once."""
-    import sys
-
     import torch
+
+    from gate.factory import load_callable
 
     folder = tmp_path_factory.mktemp("good")
     _copy_project(folder)
-    sys.path.insert(0, str(folder))
-    try:
-        import two
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                two.load(),
-                (torch.zeros(2, 1, 8, 8),),
-                str(folder / "engine.onnx"),
-                input_names=["input"],
-                output_names=["logits", "features"],
-                dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}, "features": {0: "batch"}},
-                opset_version=17,
-                dynamo=False,
-            )
-    finally:
-        sys.path.remove(str(folder))
-        for name in ("two", "model"):
-            sys.modules.pop(name, None)
+    model = load_callable("two:load", folder, where="the fixture")()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, 1, 8, 8),),
+            str(folder / "engine.onnx"),
+            input_names=["input"],
+            output_names=["logits", "features"],
+            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}, "features": {0: "batch"}},
+            opset_version=17,
+            dynamo=False,
+        )
     return folder / "engine.onnx"
 
 

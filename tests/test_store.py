@@ -1,0 +1,607 @@
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from gate.baseline import baseline_from_result
+from gate.errors import BundleError, DigestMismatch, ExitCode, MeasurementError, VerificationError
+from gate.manifest import pretty_json
+from gate.results import run_from_builtins
+from gate.store import MANIFEST_PATH, Step, engine_path_of, seal, verify
+from gate.verdict import Evidence, Verdict
+
+DATA = Path(__file__).parent / "data"
+ENGINE = b"a compiled engine, as far as digests can tell\n" * 50
+METADATA = "artifacts/metadata.json"
+FILES = (
+    "artifacts/metadata.json",
+    "artifacts/model.onnx",
+    "baseline/baseline.json",
+    "evidence/environment.json",
+    "evidence/latency.npy",
+    "evidence/metrics.json",
+    "policy/gate.toml",
+    "seals/manifest.json",
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run whose first engine was judged by a baseline, with its raw latencies and its file; and its extra files."""
+    folder = tmp_path_factory.mktemp("made")
+    run = run_from_builtins(json.loads((DATA / "run.json").read_bytes()))
+    first = run.engines[0]
+    baseline = baseline_from_result(run, first, who="ada", when="2026-11-20T10:00:00Z", why="first release")
+    durations = tuple(200_000 + (i * 7919) % 50_000 for i in range(500))
+    result = msgspec.structs.replace(
+        first,
+        baseline_sha256=baseline.digest,
+        latency=msgspec.structs.replace(first.latency, durations_ns=durations),
+    )
+    run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
+    engine = folder / "model.onnx"
+    engine.write_bytes(ENGINE)
+    extra = {
+        "policy/gate.toml": (DATA / "sealed.toml").read_bytes(),
+        "baseline/baseline.json": pretty_json(msgspec.to_builtins(baseline)),
+    }
+    return run, result, engine, extra
+
+
+def sealed(made, out, **changes):
+    run, result, engine, extra = made
+    arguments = {"run": run, "result": result, "engine_file": engine, "extra": extra, "out": out, **changes}
+    return seal(arguments["result"].verdict.require_passed(), **arguments)
+
+
+@pytest.fixture
+def bundle(made, tmp_path):
+    return sealed(made, tmp_path / "bundle").folder
+
+
+def reseal(bundle, **changes):
+    """Make every digest anew after an edit, as somebody could who can write to the whole bundle."""
+    manifest = json.loads((bundle / MANIFEST_PATH).read_bytes())
+
+    def digest(name):
+        return hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+
+    metadata = json.loads((bundle / METADATA).read_bytes())
+    names = sorted(
+        p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file() and p.parent.name != "seals"
+    )
+    metadata["files"] = {
+        name: {"sha256": digest(name), "size_bytes": (bundle / name).stat().st_size}
+        for name in names
+        if name != METADATA
+    }
+    (bundle / METADATA).write_bytes(pretty_json(metadata))
+    manifest["subject"] = [{"name": name, "digest": {"sha256": digest(name)}} for name in names]
+    manifest["predicate"]["metadata_sha256"] = digest(METADATA)
+    manifest["predicate"].update(changes)
+    (bundle / MANIFEST_PATH).write_bytes(pretty_json(manifest))
+
+
+def edit(bundle, name, *path, value):
+    raw = json.loads((bundle / name).read_bytes())
+    *parents, last = path
+    table = raw
+    for each in parents:
+        table = table[each]
+    table[last] = value
+    (bundle / name).write_bytes(pretty_json(raw))
+
+
+def test_what_passed_is_sealed_and_verifies(made, bundle):
+    verified = verify(bundle)
+    names = tuple(sorted(p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()))
+    assert names == FILES
+    assert set(verified.files) == set(FILES) - {MANIFEST_PATH}
+    assert verified.engine.read_bytes() == ENGINE
+    assert verified.metadata.engine == "ort-fp16"
+    assert [step.name for step in verified.steps] == [
+        "tree",
+        "statement",
+        "digests",
+        "schema",
+        "verdict",
+        "evidence",
+    ]
+    assert all(step.ok for step in verified.steps)
+    assert verified.steps[4].detail == "PASSED, 3 findings recomputed, evidence: host"
+
+
+def test_the_statement_lists_every_file_as_in_toto_has_it(bundle):
+    statement = json.loads((bundle / MANIFEST_PATH).read_bytes())
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert [each["name"] for each in statement["subject"]] == [name for name in FILES if name != MANIFEST_PATH]
+    for each in statement["subject"]:
+        assert hashlib.sha256((bundle / each["name"]).read_bytes()).hexdigest() == each["digest"]["sha256"]
+
+
+def test_the_raw_latencies_are_there_in_their_order(made, bundle):
+    raw = np.load(bundle / "evidence" / "latency.npy", allow_pickle=False)
+    assert raw.dtype == np.int64
+    assert tuple(raw) == made[1].latency.durations_ns
+
+
+def test_what_compiled_only_is_sealed_without_latency_and_metrics(made, tmp_path):
+    run, _, engine, extra = made
+    result = run.engines[2]
+    plain = {"policy/gate.toml": extra["policy/gate.toml"]}
+    verified = sealed(made, tmp_path / "b", result=result, extra=plain, engine_file=engine)
+    assert verified.engine.name == "model.plan"
+    assert verified.metadata.verdict.evidence is Evidence.PREFLIGHT
+    with pytest.raises(VerificationError, match="its evidence is 'preflight', asked for is 'device'"):
+        verify(tmp_path / "b", require_evidence=Evidence.DEVICE)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", [0, 0.37, 0.5, -1])
+def test_a_flipped_byte_in_any_file_is_found(bundle, name, where):
+    path = bundle / name
+    data = bytearray(path.read_bytes())
+    data[where if isinstance(where, int) else int(where * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError) as caught:
+        verify(bundle)
+    assert caught.value.exit_code is ExitCode.REFUSED
+    if name != MANIFEST_PATH:
+        assert isinstance(caught.value, DigestMismatch)
+        assert caught.value.where == str(path)
+
+
+def link(path):
+    path.rename(path.parent.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent.parent / "elsewhere")
+
+
+def hard_link(path):
+    os.link(path, path.parent.parent.parent / "second")
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+    (path / "x").write_bytes(b"x")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def rename(path):
+    path.rename(path.with_name("renamed.json"))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [Path.unlink, link, hard_link, pipe, folder, empty, truncate, rename])
+def test_a_damaged_tree_is_refused(bundle, name, damage):
+    damage(bundle / name)
+    with pytest.raises(
+        BundleError, match="is missing|link|regular|added|sha256 is|is not JSON|empty|not written as"
+    ) as caught:
+        verify(bundle)
+    assert str(bundle) in caught.value.where
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != MANIFEST_PATH])
+def test_a_file_that_grew_is_refused(bundle, name):
+    grow(bundle / name)
+    with pytest.raises(DigestMismatch, match="its sha256 is"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("artifacts/extra.bin", "was not sealed: it was added"),
+        ("extra.bin", "was not sealed: it was added"),
+        ("seals/extra.json", "was not sealed: it was added"),
+        ("artifacts/.hidden", "is a dot-file"),
+        (".git/config", "is a dot-file"),
+    ],
+)
+def test_an_added_file_is_refused(bundle, name, message):
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_bytes(b"x")
+    with pytest.raises(VerificationError, match=f"{(bundle / name).name}|{message}"):
+        verify(bundle)
+
+
+def test_an_added_folder_is_refused(bundle):
+    (bundle / "artifacts" / "empty").mkdir()
+    with pytest.raises(VerificationError, match="empty: is an empty folder"):
+        verify(bundle)
+
+
+def test_two_files_that_changed_places_are_found(bundle):
+    a, b = bundle / "evidence" / "metrics.json", bundle / "evidence" / "environment.json"
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+    with pytest.raises(DigestMismatch, match="environment.json"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "link"])
+def test_what_is_no_folder_is_no_bundle(bundle, tmp_path, kind):
+    path = tmp_path / "other"
+    if kind == "file":
+        path.write_bytes(b"x")
+    elif kind == "empty":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(bundle)
+    with pytest.raises(BundleError, match="there is no bundle|is not a folder|is an empty folder"):
+        verify(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("verdict", "status"), "FAILED", "'FAILED' is not one of"),
+        (("verdict", "findings", 0, "status"), "FAILED", "'FAILED' is not one of"),
+        (("verdict", "findings", 0, "interval", "upper"), 0.5, "parity.rel_rmse is INCONCLUSIVE by its own numbers"),
+        (("verdict", "findings", 0, "estimate"), "NaN", "parity.rel_rmse is FAILED by its own numbers"),
+        (("verdict", "findings", 0, "limit", "value"), 1e-9, "parity.rel_rmse is FAILED by its own numbers"),
+        (("verdict", "findings", 0, "limit", "kind"), "at_least", "parity.rel_rmse is FAILED by its own numbers"),
+        (("verdict", "findings", 0, "check"), "parity.sqnr_db", "two findings for one check"),
+        (("verdict", "required"), ["task.top1"], "required checks have no finding: task.top1"),
+        (("verdict", "evidence"), "device", "reach evidence 'host', it says 'device'"),
+        (("latency", "p99_ms"), 0.01, "latency.p99_ms is 0.01"),
+        (("latency", "mean_ms"), 0.01, "latency.mean_ms is 0.01"),
+        (("latency", "n"), 5000, "latency.n is 5000"),
+        (("latency",), None, "do not come together"),
+        (("metrics", "task", "top1"), 50, "task.top1 is 50"),
+        (("metrics", "task", "reference_correct"), "zz", "task.reference_top1 is"),
+        (("metrics", "outputs", 0, "rel_rmse"), 1e-9, "differs from metrics"),
+        (("device", "name"), "NVIDIA H200", "differs from device"),
+        (("digests", "spec"), "0" * 64, "is not the spec"),
+        (("digests", "baseline"), "0" * 64, "is not the baseline"),
+        (("digests", "baseline"), None, "do not agree on a baseline"),
+        (("backend_version",), "9.9", "are not those of its build record"),
+        (("backend",), "tensorrt", "has its engine in artifacts/model.plan"),
+        (("model_id",), "other", "is not that of the metadata"),
+        (("extra",), 1, "Additional properties are not allowed"),
+    ],
+)
+def test_edited_metadata_is_refused_although_every_digest_holds(bundle, path, value, message):
+    edit(bundle, METADATA, *path, value=value)
+    with pytest.raises(DigestMismatch, match=r"metadata\.json: its sha256 is"):
+        verify(bundle)
+    reseal(bundle, evidence=json.loads((bundle / METADATA).read_bytes())["verdict"]["evidence"])
+    with pytest.raises(BundleError, match=message):
+        verify(bundle)
+
+
+def test_edited_baseline_is_refused_although_every_digest_holds(bundle):
+    edit(bundle, "baseline/baseline.json", "task", "top1", value=90)
+    reseal(bundle)
+    with pytest.raises(VerificationError, match="was changed after it was accepted"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"x" * 100])
+def test_raw_latencies_that_cannot_be_read_are_refused(bundle, data):
+    (bundle / "evidence" / "latency.npy").write_bytes(data)
+    reseal(bundle)
+    with pytest.raises(VerificationError, match="is not an npy file"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize("array", [np.zeros(500), np.zeros((2, 2), np.int64), np.array([{}], dtype=object)])
+def test_raw_latencies_of_another_kind_are_refused(bundle, array):
+    raw = io.BytesIO()
+    np.save(raw, array, allow_pickle=True)
+    (bundle / "evidence" / "latency.npy").write_bytes(raw.getvalue())
+    reseal(bundle)
+    with pytest.raises(VerificationError, match="does not hold int64|is not an npy file"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize("name", [METADATA, MANIFEST_PATH])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"{\n", b'{\n"created": "x", "created": "x",\n', "stands twice"),
+        (b"{\n", b'{\n"x": NaN,\n', "not finite"),
+        (b"{\n", b"\xff{\n", "not UTF-8"),
+        (b"{\n", b"[" * 100 + b"{\n", "is not JSON"),
+    ],
+)
+def test_json_with_more_than_one_meaning_is_refused(bundle, name, old, new, message):
+    data = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(data.replace(old, new, 1))
+    if name == METADATA:
+        manifest = json.loads((bundle / MANIFEST_PATH).read_bytes())
+        digest = hashlib.sha256((bundle / METADATA).read_bytes()).hexdigest()
+        manifest["subject"][0]["digest"]["sha256"] = digest
+        (bundle / MANIFEST_PATH).write_bytes(pretty_json(manifest))
+    with pytest.raises(BundleError, match=message):
+        verify(bundle)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("_type",), "https://in-toto.io/Statement/v0.1"),
+        (("predicateType",), "https://example.org/other"),
+        (("predicate", "status"), "FAILED"),
+        (("predicate", "extra"), 1),
+        (("extra",), 1),
+        (("subject",), []),
+        (("subject", 0, "name"), "../metadata.json"),
+    ],
+)
+def test_a_statement_of_another_shape_is_refused(bundle, path, value):
+    edit(bundle, MANIFEST_PATH, *path, value=value)
+    with pytest.raises(VerificationError, match="is not a statement over a bundle"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("evidence", "device"), ("model_id", "other"), ("engine", "other"), ("gate_version", "9")]
+)
+def test_a_predicate_that_says_something_else_is_refused(bundle, key, value):
+    edit(bundle, MANIFEST_PATH, "predicate", key, value=value)
+    with pytest.raises(VerificationError, match="is not that of the metadata"):
+        verify(bundle)
+
+
+def test_a_file_listed_twice_is_refused(bundle):
+    subjects = json.loads((bundle / MANIFEST_PATH).read_bytes())["subject"]
+    edit(bundle, MANIFEST_PATH, "subject", value=[*subjects, subjects[0]])
+    with pytest.raises(VerificationError, match="lists a file twice"):
+        verify(bundle)
+
+
+def test_each_step_is_told_and_the_one_that_fails_says_why(bundle):
+    told = []
+    (bundle / "policy" / "gate.toml").write_bytes(b"x")
+    with pytest.raises(DigestMismatch, match="gate.toml"):
+        verify(bundle, on_step=told.append)
+    assert [(step.name, step.ok) for step in told] == [("tree", True), ("statement", True), ("digests", False)]
+    assert isinstance(told[-1], Step)
+    assert told[-1].detail.startswith("policy/gate.toml: its sha256 is")
+
+
+def test_what_did_not_pass_cannot_be_sealed(made, tmp_path):
+    with pytest.raises(MeasurementError, match="only what passed can be sealed; FAILED: parity.rel_rmse"):
+        sealed(made, tmp_path / "b", result=made[0].engines[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_of_another_engine_cannot_seal_this_one(made, tmp_path):
+    run, result, engine, extra = made
+    with pytest.raises(BundleError, match="the verdict is not that of engine 'ort-int8'"):
+        seal(
+            result.verdict.require_passed(),
+            run=run,
+            result=run.engines[1],
+            engine_file=engine,
+            extra=extra,
+            out=tmp_path / "b",
+        )
+    passed_elsewhere = msgspec.structs.replace(run.engines[1], verdict=result.verdict)
+    with pytest.raises(BundleError, match="is not one of this run's"):
+        sealed(made, tmp_path / "b", result=passed_elsewhere)
+
+
+def test_another_engine_file_cannot_be_sealed(made, tmp_path):
+    other = tmp_path / "model.onnx"
+    other.write_bytes(ENGINE + b"x")
+    with pytest.raises(DigestMismatch, match="is not the engine that was checked"):
+        sealed(made, tmp_path / "b", engine_file=other)
+    other.unlink()
+    other.symlink_to(made[2])
+    with pytest.raises(BundleError, match="is a symbolic link"):
+        sealed(made, tmp_path / "b", engine_file=other)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy/gate.toml": b"other"}, "gate.toml: is not the spec"),
+        ({"policy/gate.toml": None}, "needs the spec it was judged by"),
+        ({"baseline/baseline.json": None}, "was judged by baseline"),
+        ({"baseline/baseline.json": b"{}"}, "baseline.json: is not a baseline"),
+        ({"../x": b"x"}, "cannot be a file of a bundle"),
+        ({"a/.x": b"x"}, "cannot be a file of a bundle"),
+        ({"/x": b"x"}, "cannot be a file of a bundle"),
+        ({"seals/manifest.json": b"x"}, "is written by sealing itself"),
+        ({"artifacts/model.plan": b"x"}, "is written by sealing itself"),
+        ({METADATA: b"x"}, "is written by sealing itself"),
+        ({"evidence/x": Path("/nonexistent")}, "/nonexistent: is missing"),
+    ],
+)
+def test_what_does_not_belong_into_a_bundle_is_refused_and_leaves_nothing(made, tmp_path, changes, message):
+    extra = {name: content for name, content in {**made[3], **changes}.items() if content is not None}
+    with pytest.raises(BundleError, match=message):
+        sealed(made, tmp_path / "b", extra=extra)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_files_may_be_sealed_from_bytes_or_from_disk(made, tmp_path):
+    (tmp_path / "table").write_bytes(b"calibration")
+    extra = {**made[3], "artifacts/calibration.cache": tmp_path / "table", "evidence/log.txt": b"log"}
+    verified = sealed(made, tmp_path / "b", extra=extra)
+    assert (verified.folder / "artifacts" / "calibration.cache").read_bytes() == b"calibration"
+    assert "evidence/log.txt" in verified.metadata.files
+
+
+def test_a_run_read_from_its_report_has_no_raw_latencies_to_seal(made, tmp_path):
+    run, result, _, _ = made
+    bare = msgspec.structs.replace(result, latency=msgspec.structs.replace(result.latency, durations_ns=()))
+    again = msgspec.structs.replace(run, engines=(bare,))
+    with pytest.raises(BundleError, match="has 0 raw latencies of 500"):
+        sealed(made, tmp_path / "b", run=again, result=bare)
+
+
+def test_metrics_whose_own_numbers_disagree_are_not_sealed(made, tmp_path):
+    run, result, _, _ = made
+    wrong = msgspec.structs.replace(result, latency=msgspec.structs.replace(result.latency, p99_ms=0.001))
+    again = msgspec.structs.replace(run, engines=(wrong,))
+    with pytest.raises(BundleError, match="cannot be sealed: artifacts/metadata.json: latency.p99_ms is 0.001"):
+        sealed(made, tmp_path / "b", run=again, result=wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sealing_the_same_run_again_finds_the_same_bundle(made, tmp_path):
+    first = sealed(made, tmp_path / "b")
+    before = {name: (tmp_path / "b" / name).read_bytes() for name in FILES}
+    assert sealed(made, tmp_path / "b").statement == first.statement
+    assert {name: (tmp_path / "b" / name).read_bytes() for name in FILES} == before
+    assert [each.name for each in tmp_path.iterdir()] == ["b"]
+
+
+def later(made):
+    run, result, engine, extra = made
+    again = msgspec.structs.replace(run, created="2027-01-01T00:00:00Z")
+    return again, result, engine, extra
+
+
+def test_another_bundle_is_kept_unless_it_is_to_be_replaced(made, tmp_path):
+    sealed(made, tmp_path / "b")
+    with pytest.raises(BundleError, match="is there already and holds another bundle"):
+        sealed(later(made), tmp_path / "b")
+    assert verify(tmp_path / "b").metadata.created == "2026-11-21T10:02:11Z"
+    sealed(later(made), tmp_path / "b", replace=True)
+    assert verify(tmp_path / "b").metadata.created == "2027-01-01T00:00:00Z"
+    assert [each.name for each in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_that_is_no_bundle_is_never_replaced(made, tmp_path, replace):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_bytes(b"years of work")
+    with pytest.raises(BundleError, match="is there already and"):
+        sealed(made, tmp_path / "b", replace=replace)
+    assert (tmp_path / "b" / "thesis.txt").read_bytes() == b"years of work"
+    assert [each.name for each in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_damaged_bundle_is_kept_unless_it_is_to_be_replaced(made, tmp_path):
+    bundle = sealed(made, tmp_path / "b").folder
+    (bundle / "policy" / "gate.toml").write_bytes(b"x")
+    with pytest.raises(BundleError, match="does not verify, so it was kept"):
+        sealed(made, tmp_path / "b")
+    assert sealed(made, tmp_path / "b", replace=True).metadata.engine == "ort-fp16"
+
+
+def test_an_unbounded_interval_survives(bundle):
+    finding = next(each for each in verify(bundle).metadata.verdict.findings if each.check == "parity.sqnr_db")
+    assert finding.interval.upper == "Infinity"
+    assert finding.finding().interval.upper == math.inf
+
+
+def test_a_copied_bundle_verifies(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "copy")
+    assert verify(tmp_path / "copy").engine == tmp_path / "copy" / engine_path_of("onnxruntime")
+
+
+def test_required_checks_are_sealed_with_the_verdict(made, tmp_path):
+    run, result, _, _ = made
+    verdict = Verdict(findings=result.verdict.findings, required=("parity.rel_rmse",))
+    asked = msgspec.structs.replace(result, verdict=verdict)
+    verified = sealed(made, tmp_path / "b", run=msgspec.structs.replace(run, engines=(asked,)), result=asked)
+    assert verified.metadata.verdict.required == ("parity.rel_rmse",)
+
+
+SCRIPT = """
+    import json, os, signal, sys
+    from pathlib import Path
+    import msgspec
+    from gate.baseline import baseline_from_result, read_baseline, write_baseline
+    from gate.errors import BaselineError, BundleError
+    from gate.results import run_from_builtins
+    from gate.store import seal, verify
+
+    data, engine, root, how = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    run = run_from_builtins(json.loads((data / "run.json").read_bytes()))
+    durations = tuple(200_000 + (i * 7919) % 50_000 for i in range(500))
+    first = run.engines[0]
+    result = msgspec.structs.replace(first, latency=msgspec.structs.replace(first.latency, durations_ns=durations))
+    run = msgspec.structs.replace(run, engines=(result,))
+    later = msgspec.structs.replace(run, created="2027-01-01T00:00:00Z")
+    extra = {"policy/gate.toml": (data / "sealed.toml").read_bytes()}
+
+    def write(which, replace):
+        baseline = baseline_from_result(which, result, who="a", when=which.created, why="b")
+        write_baseline(root / "baselines" / "cpu.json", baseline)
+        passed = result.verdict.require_passed()
+        seal(passed, run=which, result=result, engine_file=engine, extra=extra, out=root / "bundle", replace=replace)
+
+    write(run, False)
+    steps, step, seen = 0, 0, 0
+    while True:
+        step += 3
+        pid = os.fork()
+        if pid == 0:
+            seen = 0
+
+            def stop(event, args):
+                global seen
+                if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.scandir", "os.listdir", "fcntl.flock"):
+                    seen += 1
+                    if seen == step and how == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if seen == step:
+                        raise KeyboardInterrupt
+
+            sys.addaudithook(stop)
+            try:
+                write(later, True)
+            except KeyboardInterrupt:
+                os._exit(3)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        steps += 1
+        # Both are whole, the old one or the new one.
+        assert read_baseline(root / "baselines" / "cpu.json").accepted.when in (run.created, later.created)
+        assert verify(root / "bundle").metadata.created in (run.created, later.created)
+        if how == "interrupt":
+            names = {each.name for each in (*root.iterdir(), *(root / "baselines").iterdir())}
+            assert names == {"baselines", "bundle", "cpu.json"}, names
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 3:
+            assert os.WEXITSTATUS(status) == 0
+            break
+    assert verify(root / "bundle").metadata.created == later.created
+    write(later, True)
+    assert {each.name for each in (*root.iterdir(), *(root / "baselines").iterdir())} == {
+        "baselines", "bundle", "cpu.json"
+    }
+    print(steps)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_stopping_at_any_step_leaves_the_old_or_the_new_and_never_a_half(made, tmp_path, how):
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(DATA), str(made[2]), str(tmp_path), how]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5
