@@ -788,6 +788,9 @@ def _rows(baseline: Baseline) -> Iterator[tuple[str, float | str | None]]:
 def baseline_schema() -> dict[str, object]:
     """The JSON Schema (2020-12) of a baseline."""
     (_,), definitions = msgspec.json.schema_components([Baseline], ref_template="#/$defs/{name}")
+    for definition in definitions.values():
+        # Python 3.13 strips the indentation of docstrings; their first line is the same in each version.
+        definition["description"] = definition["description"].split("\n", 1)[0]
     root = definitions.pop("Baseline")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

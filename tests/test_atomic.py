@@ -63,9 +63,13 @@ def test_a_target_that_is_a_folder_is_an_error_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
 def test_a_folder_whose_making_is_interrupted_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), atomic.folder(tmp_path / "entry") as made:
-        (made / "file").write_bytes(b"half")
-        raise error
+    def half():
+        with atomic.folder(tmp_path / "entry") as made:
+            (made / "file").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        half()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,9 +256,12 @@ def test_discard_removes_files_folders_and_links_and_accepts_nothing(tmp_path):
 
 def test_a_lock_excludes_another_holder(tmp_path):
     fcntl = pytest.importorskip("fcntl")
-    with atomic.locked(tmp_path / "lock"), Path(tmp_path / "lock").open("rb") as other:
-        with pytest.raises(BlockingIOError, match="unavailable"):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (
+        atomic.locked(tmp_path / "lock"),
+        Path(tmp_path / "lock").open("rb") as other,
+        pytest.raises(BlockingIOError, match="unavailable"),
+    ):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_only_regular_files_are_opened(tmp_path):

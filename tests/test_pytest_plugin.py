@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
+from gate.pipeline import CheckOptions, Silence, check
 from gate.pytest_plugin import check_names, judge
-from gate.spec import spec_from_text
+from gate.spec import read_spec, spec_from_text
 from gate.verdict import Evidence, Failure
 from tests.cli import conftest as tiny
 from tests.report import conftest as runs
@@ -16,9 +17,19 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "digits" / "gate.toml"
 TWO = tiny.SPEC + tiny.SPEC[tiny.SPEC.index("[[engine]]") :].replace('"ort"', '"ort-2"')
 
 
+@pytest.fixture(scope="session")
+def frameworks(tmp_path_factory):
+    """Load every framework that a check needs: pytester drops what is imported within it, and torch dies of that."""
+    folder = tmp_path_factory.mktemp("frameworks")
+    options = CheckOptions(cache=folder / "cache", baselines=folder)
+    assert check(read_spec(tiny.write(folder, tiny.INCONCLUSIVE)), options, Silence()).engines
+    tiny.write(folder, tiny.FAILING)
+    check(read_spec(folder / "gate.toml"), options, Silence())
+
+
 @pytest.fixture
-def project(pytester, monkeypatch):
-    """A folder with the tiny project; `.run(*options)` runs pytest in it."""
+def project(frameworks, pytester, monkeypatch):
+    """A folder with the tiny project; `.runpytest(*options)` runs pytest in it."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     tiny.write(pytester.path)
     return pytester
@@ -62,7 +73,9 @@ def test_a_failed_check_prints_its_finding_and_no_traceback(project):
     tiny.write(project.path, tiny.FAILING)
     result = project.runpytest()
     result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(["FAILED  ort  parity.sqnr_db: * dB < 900 dB (gate.toml:22)", "*docs/findings.md#parity-sqnr_db"])
+    result.stdout.fnmatch_lines(
+        ["FAILED  ort  parity.sqnr_db: * dB < 900 dB (gate.toml:22)", "*docs/findings.md#parity-sqnr_db"]
+    )
     result.stdout.no_fnmatch_line("*Traceback*")
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
 
@@ -85,7 +98,9 @@ def test_an_engine_that_cannot_be_built_fails_all_its_checks(project):
     tiny.write(project.path, tiny.BROKEN)
     result = project.runpytest()
     result.assert_outcomes(failed=3)
-    result.stdout.fnmatch_lines(["FAILED  ort  build: *there is no *missing.onnx", "FAILED  ort  parity: not reached: build: *"])
+    result.stdout.fnmatch_lines(
+        ["FAILED  ort  build: *there is no *missing.onnx", "FAILED  ort  parity: not reached: build: *"]
+    )
 
 
 def test_an_optional_engine_that_cannot_run_is_skipped_with_the_reason(project):
@@ -146,7 +161,9 @@ def test_updating_baselines_writes_them_and_fails_the_run(project, monkeypatch):
     project.runpytest().assert_outcomes(passed=3, failed=1)
     result = project.runpytest("--gate-update-baselines", "--gate-baselines", "stored", "-k", "parity")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["baseline written: *stored/tiny/ort/cpu.json", "*wrote 1 baseline, so this run FAILED*"])
+    result.stdout.fnmatch_lines(
+        ["baseline written: *stored/tiny/ort/cpu.json", "*wrote 1 baseline, so this run FAILED*"]
+    )
     assert project.runpytest("--gate-baselines", "stored").ret == 0
 
 
@@ -165,7 +182,7 @@ def test_last_failed_runs_what_failed(project):
 def test_junit_xml_holds_the_finding(project):
     tiny.write(project.path, tiny.FAILING)
     project.runpytest("--junitxml", "junit.xml")
-    root = ElementTree.parse(project.path / "junit.xml").getroot()
+    root = ET.parse(project.path / "junit.xml").getroot()
     (failure,) = root.iter("failure")
     assert failure.attrib["message"].startswith("FAILED  ort  parity.sqnr_db")
     properties = {each.attrib["name"]: each.attrib["value"] for each in root.iter("property")}
@@ -183,7 +200,9 @@ def test_workers_of_xdist_give_one_report_and_write_baselines(project, monkeypat
     result = project.runpytest_subprocess("-n", "2", "-v", "--gate-report", "out", "--gate-update-baselines")
     result.assert_outcomes(passed=6, failed=1)
     assert sorted(path.name for path in (project.path / "out").iterdir()) == ["second", "tiny"]
-    result.stdout.fnmatch_lines(["*INCONCLUSIVE*gate.toml::ort::latency.p99_ms*", "*wrote 1 baseline, so this run FAILED*"])
+    result.stdout.fnmatch_lines(
+        ["*INCONCLUSIVE*gate.toml::ort::latency.p99_ms*", "*wrote 1 baseline, so this run FAILED*"]
+    )
     assert (project.path / "baselines/second/ort/cpu.json").is_file()
 
 
@@ -234,7 +253,11 @@ def test_a_failure_that_belongs_to_no_test_fails_the_first():
     lost = Failure(check="run", error="RunError", message="the engine crashed", evidence=Evidence.HOST)
     result = runs.engine("ort", runs.PASSES, lost)
     assert judge(result, "parity", ("parity",)).status == "FAILED"
-    assert judge(result, "metamorphic", ("parity", "metamorphic")).lines[0].endswith("not reached: run: the engine crashed")
+    assert (
+        judge(result, "metamorphic", ("parity", "metamorphic"))
+        .lines[0]
+        .endswith("not reached: run: the engine crashed")
+    )
     assert judge(result, "parity", ("parity", "metamorphic")).status == "PASSED"
 
 

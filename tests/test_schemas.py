@@ -38,7 +38,10 @@ def test_the_examples_are_valid(path):
 
 def test_a_key_that_does_not_exist_is_invalid():
     text = (ROOT / "examples/digits/gate.toml").read_text()
-    assert any("max_abs_diff" in error for error in errors(text.replace("[engine.parity]", "[engine.parity]\nmax_abs_diff = 1", 1)))
+    assert any(
+        "max_abs_diff" in error
+        for error in errors(text.replace("[engine.parity]", "[engine.parity]\nmax_abs_diff = 1", 1))
+    )
     assert any("valid under" in error for error in errors(text.replace("[model]", '[model]\nonnx = "x.onnx"')))
 
 

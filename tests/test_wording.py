@@ -47,7 +47,15 @@ def test_a_failure_is_its_first_line():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (512, "512"), (0.2134, "0.21"), (0.9925, "0.9925"), (0.97, "0.97"), (9.7e-3, "9.7e-03"), (math.inf, "inf")],
+    [
+        (0, "0"),
+        (512, "512"),
+        (0.2134, "0.21"),
+        (0.9925, "0.9925"),
+        (0.97, "0.97"),
+        (9.7e-3, "9.7e-03"),
+        (math.inf, "inf"),
+    ],
 )
 def test_numbers_read_well(value, text):
     assert number(value) == text

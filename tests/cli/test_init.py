@@ -9,7 +9,14 @@ from gate.spec import read_spec
 
 def test_a_factory_gives_a_spec_with_its_inputs_and_outputs(gate_command, project):
     outcome = gate_command(
-        "init", "model:pair", "--input", "left:float32:batch,2,w", "--input", "right:float32:batch,2,w", "-o", "new.toml"
+        "init",
+        "model:pair",
+        "--input",
+        "left:float32:batch,2,w",
+        "--input",
+        "right:float32:batch,2,w",
+        "-o",
+        "new.toml",
     )
     assert outcome.code == 0, outcome.err
     spec = read_spec(project / "new.toml").spec

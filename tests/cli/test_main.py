@@ -69,7 +69,9 @@ def test_a_fault_of_the_gate_exits_70_and_keeps_its_traceback(gate_command, proj
     monkeypatch.setattr("gate.cli.check.run", broken)
     outcome = gate_command("check", "gate.toml")
     assert outcome.code == 70
-    assert outcome.err.startswith("internal error, no verdict: ZeroDivisionError: unexpected\nThe traceback is in .gate/")
+    assert outcome.err.startswith(
+        "internal error, no verdict: ZeroDivisionError: unexpected\nThe traceback is in .gate/"
+    )
     (crash,) = (project / ".gate").glob("crash-*.txt")
     assert "def broken" not in crash.read_text()
     assert "in broken" in crash.read_text()

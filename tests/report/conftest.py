@@ -10,7 +10,9 @@ from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Verdict
 HOST = Evidence.HOST
 
 
-def finding(check="parity.rel_rmse", estimate=9.7e-3, limit=5e-3, *, kind="at_most", interval=None, allowed=None, **more):
+def finding(
+    check="parity.rel_rmse", estimate=9.7e-3, limit=5e-3, *, kind="at_most", interval=None, allowed=None, **more
+):
     lower, upper = interval or (estimate, estimate)
     values = {
         "limit": allowed or Limit(kind, limit, "spec", "gate.toml:41"),
@@ -57,7 +59,13 @@ def engine(name, *findings, rel_rmse=4.1e-7, top1=785, **more):
         "size_bytes": 87040,
         "outputs": (output(rel_rmse=rel_rmse),),
         "task": TaskMetrics(
-            samples=797, top1=top1, top5=None, reference_top1=785, reference_top5=None, correct="ff", reference_correct="ff"
+            samples=797,
+            top1=top1,
+            top5=None,
+            reference_top1=785,
+            reference_top5=None,
+            correct="ff",
+            reference_correct="ff",
         ),
         "latency": LatencyMetrics(
             timed="host_wall",
@@ -89,7 +97,13 @@ def run_of(*engines, **more):
         "samples": 797,
         "created": "2026-11-21T10:02:11Z",
         "device": Fingerprint(
-            kind="cpu", name="AMD EPYC", cores=2, isa=("avx2",), os="Linux x86_64", python="3.11.7", versions={"numpy": "2"}
+            kind="cpu",
+            name="AMD EPYC",
+            cores=2,
+            isa=("avx2",),
+            os="Linux x86_64",
+            python="3.11.7",
+            versions={"numpy": "2"},
         ),
         "provenance": Provenance(
             spec_sha256="1" * 64,

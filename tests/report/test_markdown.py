@@ -13,7 +13,10 @@ def test_the_first_line_is_the_verdict_with_its_reason():
 def test_every_finding_stands_in_a_fold_with_its_interval_limit_and_source():
     text = markdown(runs.FAILED)
     assert "<details><summary>ort-int8: FAILED, 3 findings</summary>" in text
-    assert "| task.top1_drop_pp | FAILED | 0.12 pp | 0.110 to 0.130 pp | &lt;= 0.10 pp | gate.toml:41 | 797 | host |" in text
+    assert (
+        "| task.top1_drop_pp | FAILED | 0.12 pp | 0.110 to 0.130 pp | &lt;= 0.10 pp | gate.toml:41 | 797 | host |"
+        in text
+    )
     assert text.count("<details>") == text.count("</details>") == 3
 
 

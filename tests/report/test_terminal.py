@@ -28,7 +28,9 @@ def test_a_run_in_which_nothing_ran_is_not_a_pass():
 
 def test_an_inconclusive_engine_says_what_is_needed():
     screen = render(runs.INCONCLUSIVE)
-    assert "INCONCLUSIVE  ort-fp16  latency.p99_ms: 0.11 ms [at least 0.0200 ms], limit <= 2 ms (gate.toml:41)" in screen
+    assert (
+        "INCONCLUSIVE  ort-fp16  latency.p99_ms: 0.11 ms [at least 0.0200 ms], limit <= 2 ms (gate.toml:41)" in screen
+    )
     assert "        p99 needs at least 459 samples, has 300; raise samples or max_time_s\n" in screen
     assert screen.endswith("exit 3 (inconclusive)\n")
 
