@@ -6,12 +6,12 @@ own. Every file is hashed again before an entry is used; one that does not hold 
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
 import stat
 import tempfile
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ class Cache:
         self.is_temporary = root is None
         if root is None:
             self.root = Path(tempfile.mkdtemp(prefix="gate-cache-"))
-            weakref.finalize(self, _remove_own, self.root, os.getpid())
+            atexit.register(_remove_own, self.root, os.getpid())
         else:
             self.root = root
         self._on_rebuild = on_rebuild
