@@ -34,9 +34,15 @@ def seconds(command: list[str], *, repeats: int, cwd: Path, expect: tuple[int, .
     return taken
 
 
-def line(what: str, value: str, bound: str, kept: bool) -> None:
-    """One row of the table."""
-    print(f"{what:<58}{value:>22}   {bound:<26}{'kept' if kept else 'NOT KEPT'}")
+_missed: list[str] = []
+
+
+def line(what: str, value: str, bound: str, *, kept: bool) -> None:
+    """One row of the table; a row without a bound is information."""
+    verdict = "" if not bound else "kept" if kept else "NOT KEPT"
+    if not kept:
+        _missed.append(what)
+    print(f"{what:<58}{value:>26}   {bound:<12}{verdict}")
 
 
 def start_up(repeats: int, folder: Path) -> None:
@@ -44,7 +50,7 @@ def start_up(repeats: int, folder: Path) -> None:
     bare = statistics.median(seconds([sys.executable, "-c", "pass"], repeats=repeats, cwd=folder))
     help_ = statistics.median(seconds([sys.executable, "-m", "gate", "--help"], repeats=repeats, cwd=folder))
     extra_ms = (help_ - bare) * 1e3
-    line("gate --help, over python -c pass", f"+{extra_ms:.0f} ms", "<= 150 ms", extra_ms <= 150)
+    line("gate --help, over python -c pass", f"+{extra_ms:.0f} ms", "<= 150 ms", kept=extra_ms <= 150)
 
 
 def checks(folder: Path) -> None:
@@ -62,16 +68,21 @@ def checks(folder: Path) -> None:
     spent = [wall - report["seconds"].get("latency", 0.0) for wall, report in zip(walls, reports, strict=True)]
     first, repeated = spent[0], min(spent[1:])
     line("first check of the example, without latency sampling", f"{first:.1f} s", "", kept=True)
-    line("repeated check, without latency sampling", f"{repeated:.2f} s", "<= 3 s", repeated <= 3)
-    line("first over repeated", f"{first / repeated:.1f} x", ">= 5 x", first / repeated >= 5)
-    line("first check, all of it", f"{walls[0]:.1f} s", "<= 60 s", walls[0] <= 60)
+    line("repeated check, without latency sampling", f"{repeated:.2f} s", "<= 3 s", kept=repeated <= 3)
+    line("first over repeated", f"{first / repeated:.1f} x", ">= 5 x", kept=first / repeated >= 5)
+    line("first check, all of it", f"{walls[0]:.1f} s", "<= 60 s", kept=walls[0] <= 60)
     stages = reports[-1]["seconds"]
-    print("    repeated check by stage: " + ", ".join(f"{name} {value:.2f} s" for name, value in stages.items()))
-    inside = sum(stages.get(name, 0.0) for name in ("compare", "metamorphic", "latency"))
-    print(
-        f"    of its {walls[-1]:.2f} s wall time {inside:.2f} s are spent in runs of the engines and their comparison, "
-        f"{walls[-1] - inside:.2f} s elsewhere (start-up, samples, digests, reports)"
+    inside = sum(stages.get(name, 0.0) for name in ("inside_engines", "metamorphic", "latency"))
+    overhead = walls[-1] - inside
+    line(
+        "repeated check: the gate's own time, outside the engines",
+        f"{overhead:.2f} s of {walls[-1]:.2f} s",
+        "",
+        kept=True,
     )
+    line("    of it comparing", f"{stages['compare'] - stages['inside_engines']:.2f} s", "", kept=True)
+    others = {name: value for name, value in stages.items() if name not in ("total", "inside_engines")}
+    print("    by stage: " + ", ".join(f"{name} {value:.2f} s" for name, value in others.items()))
 
 
 def collection(folder: Path, *, specs: int = 200) -> None:
@@ -87,11 +98,11 @@ def collection(folder: Path, *, specs: int = 200) -> None:
     options = ["--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]
     none = min(seconds([sys.executable, "-m", "pytest", *options, str(empty)], repeats=2, cwd=folder, expect=(5,)))
     all_ = min(seconds([sys.executable, "-m", "pytest", *options, str(many)], repeats=2, cwd=folder))
-    line(f"pytest collects {specs} specs", f"{all_:.2f} s ({none:.2f} s without)", "<= 2 s", all_ <= 2)
+    line(f"pytest collects {specs} specs", f"{all_:.2f} s ({none:.2f} s without)", "<= 2 s", kept=all_ <= 2)
 
 
-def main() -> None:
-    """Run all of them."""
+def main() -> int:
+    """Run all of them; 1 where a bound is not kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     quick = parser.parse_args().quick
@@ -102,7 +113,8 @@ def main() -> None:
         checks(folder)
     finally:
         shutil.rmtree(folder)
+    return int(bool(_missed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
