@@ -802,6 +802,7 @@ def _compare(
     scores = _scores_output(run) if run.spec.task is not None else None
     accumulators: dict[str, OutputAccumulator] = {}
     task = ClassificationAccumulator() if scores is not None else None
+    labels: list[Array] = []
     kept: dict[str, tuple[list[Array], list[Array]]] = {}
     kept_rows = 0
     with run.stage("compare", engine=engine.name, total=len(recording.files)):
@@ -839,6 +840,7 @@ def _compare(
                         where=f"[data] source = {run.spec.data.source!r}",
                     )
                 task.add(reference[scores], candidate[scores], batch.labels, first_sample=batch.first)
+                labels.append(batch.labels)
             if kept_rows < DIAGNOSED_ROWS:
                 for name, values in reference.items():
                     pair = kept.setdefault(name, ([], []))
@@ -861,8 +863,34 @@ def _compare(
     if task is not None:
         counted = task.metrics()
         if engine.task is not None:
-            findings.extend(task_findings(counted, engine=engine, file=run.file, evidence=evidence))
+            findings.extend(
+                task_findings(
+                    counted, engine=engine, file=run.file, evidence=evidence, labels=np.concatenate(labels)
+                )
+            )
+    if scores is not None and any(finding.status is not Status.PASSED for finding in findings):
+        notes.extend(_worst_answer(run, engine, runner, scores, outputs))
     return _Compared(outputs=outputs, task=counted, notes=tuple(dict.fromkeys(notes)))
+
+
+def _worst_answer(
+    run: _Context, engine: EngineSpec, runner: Runner, scores: str, outputs: tuple[OutputMetrics, ...]
+) -> Iterator[str]:
+    """What reference and engine say of the worst sample, for a reader who has to look at it."""
+    worst = next((each.worst_samples[0][0] for each in outputs if each.output == scores and each.worst_samples), None)
+    if worst is None:
+        return
+    for batch, reference in run.pairs():
+        row = worst - batch.first
+        if not 0 <= row < batch.size:
+            continue
+        theirs = np.asarray(reference[scores][row], dtype=np.float64)
+        ours = np.asarray(run_batch(runner, batch, engine=engine, run=run)[scores][row], dtype=np.float64)
+        label = "" if batch.labels is None else f"label {batch.labels[row]}, "
+        margin = np.sort(theirs)[-1] - np.sort(theirs)[-2] if theirs.size > 1 else np.inf
+        answer = f"engine {int(ours.argmax())}" if np.isfinite(ours).all() else "engine NaN or Inf"
+        yield f"worst sample {worst}: {label}reference {int(theirs.argmax())} by {margin:.2g}, {answer}"
+        return
 
 
 def _output_hint(recording: Recording) -> str:
@@ -898,13 +926,13 @@ def run_batch(runner: Runner, batch: Batch, *, engine: EngineSpec, run: _Context
 def _metamorphic(
     run: _Context, engine: EngineSpec, runner: Runner, evidence: Evidence, findings: list[Finding | Failure]
 ) -> None:
-    from gate.tolerances import default_limits
+    from gate.tolerances import METAMORPHIC
 
     if not applicable_checks(engine, run.spec.inputs):
         return
     asked = engine.metamorphic.rel_rmse
     limit = (
-        Limit("at_most", default_limits(engine.precision)["rel_rmse"], "default")
+        Limit("at_most", METAMORPHIC[engine.precision], "default")
         if asked is None
         else Limit("at_most", asked, "spec", run.file.engine_location(engine.name, "metamorphic", "rel_rmse"))
     )

@@ -227,7 +227,7 @@ class MetamorphicSpec(_Table, frozen=True):
         batch_independence: A sample's answer does not depend on its neighbours or its place in the batch.
         profile_edges: Every size from the profile's min to max agrees with batch 1.
         repeatability: The same input twice gives the same output.
-        rel_rmse: The difference allowed; left out: the precision's own rel_rmse limit.
+        rel_rmse: The difference allowed; left out: what the precision rounds to (docs/findings.md#metamorphic).
     """
 
     batch_independence: bool = True

@@ -239,3 +239,15 @@ def test_a_missing_engine_file_is_named(project: Project) -> None:
     assert outcome.code == 1
     assert "there is no" in outcome.text
     assert "engine.onnx" in outcome.text
+
+
+def test_the_worst_sample_is_named_with_its_label_and_both_answers(project: Project) -> None:
+    project.break_engine(permuted_classes)
+    outcome = project.check()
+    (engine,) = outcome.report["engines"] if outcome.report else ({},)
+    worst = next(note for note in engine["notes"] if note.startswith("worst sample"))
+    index = next(each for each in engine["outputs"] if each["output"] == "logits")["worst_samples"][0][0]
+    assert worst.startswith(f"worst sample {index}: label ")
+    assert ", engine " in worst
+    assert worst in outcome.text
+    assert "worst class" in outcome.failing["task.top1_drop_pp"]["detail"]
