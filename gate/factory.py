@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 import site
 import sys
 import sysconfig
@@ -22,6 +23,8 @@ from gate.errors import GateError, SpecError
 _OWN_FOLDER = Path(__file__).resolve().parent
 _MODULES_OF: dict[Path, dict[str, ModuleType]] = {}
 _TRACE_LINES = 6
+_LISTENING: list[list[str]] = []
+_hooked = False
 _LOADED = "__gate_loaded__"
 
 
@@ -127,6 +130,35 @@ def local_sources(name: str, folder: Path, model: object, *, apart: Sequence[str
             if other is not None:
                 stack.append(other)
     return tuple(sorted(found))
+
+
+@contextlib.contextmanager
+def opened_files() -> Iterator[list[Path]]:
+    """Files that Python opens meanwhile, in order: not source code, not installed, not the system's."""
+    global _hooked  # noqa: PLW0603 - an audit hook cannot be removed, so there is one for the process
+    if not _hooked:
+        sys.addaudithook(_audit)
+        _hooked = True
+    names: list[str] = []
+    found: list[Path] = []
+    _LISTENING.append(names)
+    try:
+        yield found
+    finally:
+        _LISTENING.remove(names)
+        apart = (*_installed_folders(), *map(Path, ("/proc", "/sys", "/dev")))
+        for name in dict.fromkeys(names):
+            path = Path(name).resolve()
+            source = path.suffix in (".py", ".pyc")
+            if not source and path.is_file() and not any(path.is_relative_to(each) for each in apart):
+                found.append(path)
+
+
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and _LISTENING and isinstance(arguments[0], (str, os.PathLike)):
+        name = str(Path.cwd() / os.fsdecode(arguments[0]))
+        for each in _LISTENING:
+            each.append(name)
 
 
 def _module_of(value: object, own: Mapping[str, ModuleType]) -> ModuleType | None:

@@ -6,14 +6,14 @@ compiled wrongly, an engine that does not repeat itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from gate.engines.interface import Runner
-from gate.errors import GateError
+from gate.errors import GateError, MeasurementError
 from gate.spec import EngineSpec, InputSpec
 from gate.tensors import Array, NamedArrays
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit
@@ -39,6 +39,7 @@ def metamorphic_findings(
     inputs: Mapping[str, InputSpec],
     limit: Limit,
     evidence: Evidence,
+    without_batch: Collection[str] = (),
 ) -> tuple[Finding | Failure, ...]:
     """Run the checks that the spec leaves on and that the profile allows.
 
@@ -49,6 +50,7 @@ def metamorphic_findings(
         inputs: The profile.
         limit: The relative difference allowed.
         evidence: Of the runner.
+        without_batch: The engine's outputs that have no batch axis, and so no rows.
     """
     found: list[Finding | Failure] = []
     asked = engine.metamorphic
@@ -61,7 +63,7 @@ def metamorphic_findings(
             continue
         check = f"metamorphic.{name}"
         try:
-            difference = measure(runner, samples, inputs)
+            difference = measure(runner, samples, inputs, without_batch)
         except GateError as err:
             found.append(
                 Failure(
@@ -135,12 +137,25 @@ def _relative(a: NamedArrays, b: NamedArrays) -> float:
     return worst
 
 
-def _take(outputs: NamedArrays, indices: list[int], batch: int) -> dict[str, Array]:
-    """Rows of the outputs that have a batch axis."""
-    return {name: values[indices] for name, values in outputs.items() if values.ndim > 0 and values.shape[0] == batch}
+def _take(outputs: NamedArrays, indices: list[int], batch: int, without_batch: Collection[str]) -> dict[str, Array]:
+    """Rows of the outputs that have a batch axis; one that should have and has not is NaN, which agrees with nothing.
+
+    Raises:
+        MeasurementError: No output has one, so nothing can be compared.
+    """
+    names = [name for name in outputs if name not in without_batch]
+    if not names:
+        raise MeasurementError(
+            "no output has a batch axis, so rows cannot be compared",
+            hint="Switch it off for this engine: metamorphic = { batch_independence = false, profile_edges = false }",
+        )
+    whole = {name: outputs[name].ndim == 0 or outputs[name].shape[0] != batch for name in names}
+    return {name: np.full((1, 1), np.nan) if whole[name] else outputs[name][indices] for name in names}
 
 
-def _repeatability(runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec]) -> _Difference:
+def _repeatability(
+    runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec], _without_batch: Collection[str]
+) -> _Difference:
     smallest, largest = _batch_range(inputs)
     count = min(max(ROWS, smallest), largest)
     feed = _rows(samples, list(range(count)))
@@ -149,7 +164,9 @@ def _repeatability(runner: Runner, samples: NamedArrays, inputs: Mapping[str, In
     return _Difference(_relative(first, second), "the same bits twice" if same else "not the same bits twice", count)
 
 
-def _batch_independence(runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec]) -> _Difference | None:
+def _batch_independence(
+    runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec], without_batch: Collection[str]
+) -> _Difference | None:
     smallest, largest = _batch_range(inputs)
     count = min(max(ROWS, smallest), largest)
     if count < 2:
@@ -158,12 +175,15 @@ def _batch_independence(runner: Runner, samples: NamedArrays, inputs: Mapping[st
     together = runner.run(_rows(samples, order))
     worst = _Difference(0.0, f"{count} samples agree with each alone and in reverse order", count)
     backwards = order[::-1]
-    turned = _relative(_take(together, backwards, count), _take(runner.run(_rows(samples, backwards)), order, count))
+    turned = _relative(
+        _take(together, backwards, count, without_batch),
+        _take(runner.run(_rows(samples, backwards)), order, count, without_batch),
+    )
     if not turned <= worst.value:
         worst = _Difference(turned, "largest between the batch and the batch in reverse order", count)
     for row in order:
         alone = runner.run(_rows(samples, [row] * smallest))
-        value = _relative(_take(together, [row], count), _take(alone, [0], smallest))
+        value = _relative(_take(together, [row], count, without_batch), _take(alone, [0], smallest, without_batch))
         if not value <= worst.value:
             worst = _Difference(value, f"largest for sample {row}: alone against in a batch of {count}", count)
             if np.isnan(value):
@@ -171,7 +191,9 @@ def _batch_independence(runner: Runner, samples: NamedArrays, inputs: Mapping[st
     return worst
 
 
-def _profile_edges(runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec]) -> _Difference | None:
+def _profile_edges(
+    runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec], without_batch: Collection[str]
+) -> _Difference | None:
     if not any(each.axes for each in inputs.values()):
         return None
     smallest, _ = _batch_range(inputs)
@@ -190,7 +212,7 @@ def _profile_edges(runner: Runner, samples: NamedArrays, inputs: Mapping[str, In
         seen.append(f"{edge} {'x'.join(map(str, next(iter(shapes.values()))))}")
         for row in sorted({0, batch // 2, batch - 1}):
             alone = runner.run({name: np.ascontiguousarray(values[[row] * smallest]) for name, values in feed.items()})
-            value = _relative(_take(outputs, [row], batch), _take(alone, [0], smallest))
+            value = _relative(_take(outputs, [row], batch, without_batch), _take(alone, [0], smallest, without_batch))
             compared += 1
             if not value <= worst.value:
                 worst = _Difference(value, f"largest for row {row} of {seen[-1]}: against batch {smallest}", 1)

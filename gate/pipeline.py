@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import numpy as np
 
-from gate.data.samples import Batch, DataDigest, SampleSource, digest_of, open_source, require_disjoint
+from gate.data.samples import Batch, DataDigest, DigestedSource, SampleSource, digest_of, open_source, require_disjoint
 from gate.engines import backend as backend_named
 from gate.engines.interface import Backend, BuildRecord, Runner
-from gate.errors import BackendUnavailable, BuildError, DataError, GateError, MeasurementError, ReferenceMismatch
+from gate.errors import (
+    BackendUnavailable,
+    BuildError,
+    DataError,
+    GateError,
+    MeasurementError,
+    ReferenceMismatch,
+    RunError,
+)
 from gate.manifest import sha256_hex
 from gate.metamorphic import applicable_checks, metamorphic_findings
 from gate.reference import (
@@ -29,6 +37,7 @@ from gate.reference import (
     onnx_digest,
     read_recording,
     recorded_graph,
+    run_filled,
     write_recording,
 )
 from gate.reference import (
@@ -157,6 +166,14 @@ class _Context:
                 batch=batch_size(self.file),
                 where=f"[data] source = {data.source!r}",
             )
+            where = f"[data] source = {data.source!r}"
+            self.source = DigestedSource(self.source, self.digest, where)
+            labels = np.frombuffer(self.digest.labels, "<i8")
+            if self.spec.task is not None and len(labels) > 1 and labels.min() == labels.max():
+                raise DataError(
+                    f"all {len(labels)} labels are {labels[0]}, so an engine that always gives one answer would be right",
+                    where=where,
+                )
             if data.calibration is not None:
                 self.calibration()
 
@@ -171,7 +188,7 @@ class _Context:
             where = f"[data] calibration = {data.calibration!r}"
             digest = digest_of(source, inputs=self.spec.inputs, batch=batch_size(self.file), where=where)
             require_disjoint(self.digest, digest)
-            self._calibration = (source, digest)
+            self._calibration = (DigestedSource(source, digest, where), digest)
         return self._calibration
 
     def open_reference(self) -> None:
@@ -244,6 +261,19 @@ class _Exported:
     reused: bool
 
 
+@contextmanager
+def _not_ended_by_user_code() -> Iterator[None]:
+    """A `sys.exit()` in the project's own code is an error: its status 0 would look like a pass."""
+    try:
+        yield
+    except SystemExit as err:
+        raise RunError(
+            f"the project's own code ended the program with sys.exit({err.code!r}), so there is no verdict",
+            hint="Look at what runs when the factory's and the data's modules are imported and called.",
+        ) from err
+
+
+@_not_ended_by_user_code()
 def check(file: SpecFile, options: CheckOptions | None = None, observer: Observer | None = None) -> CheckRun:
     """Run a spec and judge it.
 
@@ -451,7 +481,7 @@ def _export(run: _Context) -> _Exported:
 
         entry = run.cache.put("export", key, make, meta)
     path = entry.path("model.onnx")
-    return _Exported(path, entry.sha256("model.onnx"), int(entry.meta["opset"]), reused=reused)
+    return _Exported(path, _graph_digest(entry), int(entry.meta["opset"]), reused=reused)
 
 
 def _export_feeds(run: _Context) -> tuple[dict[str, Array], ...]:
@@ -463,6 +493,12 @@ def _export_feeds(run: _Context) -> tuple[dict[str, Array], ...]:
         {name: np.ascontiguousarray(values[np.arange(size) % len(values)]) for name, values in batch.inputs.items()}
         for size in sorted(sizes)
     )
+
+
+def _graph_digest(entry: Entry) -> str:
+    """sha256 of a cached graph: of the file, or of it and the external data beside it, which holds the weights."""
+    digests = {name: each.sha256 for name, each in entry.files.items()}
+    return digests["model.onnx"] if len(digests) == 1 else sha256_hex(repr(sorted(digests.items())).encode())
 
 
 def _opset(path: Path) -> int:
@@ -550,7 +586,9 @@ def _judged(run: _Context, engine: EngineSpec, result: EngineResult, findings: l
 
 def required_checks(engine: EngineSpec, run: _Context) -> tuple[str, ...]:
     """Names of the checks that must have a finding; one of several outputs stands for all of them."""
-    names: list[str] = ["build.delivered_precision"]
+    names: list[str] = (
+        [] if engine.plan is not None and engine.backend != "onnxruntime" else ["build.delivered_precision"]
+    )
     if engine.required_evidence == "preflight":
         return tuple(names)
     names.extend(applicable_checks(engine, run.spec.inputs))
@@ -581,8 +619,11 @@ def _make_engine(run: _Context, engine: EngineSpec, backend: Backend) -> _Made:
     if engine.plan is not None:
         path = run.file.folder / engine.plan
         _require_file(path, run, engine, "plan")
-        record = backend_record_of_plan(backend, engine, run)
-        return _Made(path, file_digest(path), record, None, None, ())
+        if engine.backend == "onnxruntime":
+            onnx_digest(path)  # refuses what is no ONNX file
+            return _Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), _opset(path), None, ())
+        note = f"precision {engine.precision} is what the spec says of this plan; its layers were not listed"
+        return _Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), None, None, (), (note,))
     reused: list[str] = []
     calibration_sha256: str | None = None
     notes: tuple[str, ...] = ()
@@ -653,7 +694,7 @@ def _require_file(path: Path, run: _Context, engine: EngineSpec, key: str) -> No
 
 def backend_record_of_plan(backend: Backend, engine: EngineSpec, run: _Context) -> BuildRecord:
     """What is known of a plan that the gate did not build: what the spec says of it."""
-    return BuildRecord(
+    record = BuildRecord(
         backend=engine.backend,
         backend_version=backend.version(),
         precision=engine.precision,
@@ -661,6 +702,14 @@ def backend_record_of_plan(backend: Backend, engine: EngineSpec, run: _Context) 
         profile=profile_of(run.file),
         layers_source="not listed: the plan was not built here",
     )
+    if engine.plan is None or engine.backend != "onnxruntime":
+        return record
+    import onnx
+
+    from gate.engines.graph import layers_of
+
+    graph = onnx.load(run.file.folder / engine.plan, load_external_data=False)
+    return msgspec.structs.replace(record, layers=layers_of(graph), layers_source="graph")
 
 
 @dataclass(frozen=True)
@@ -713,7 +762,7 @@ def _lower(run: _Context, precision: str, exported: _Exported) -> _Lowered:
             entry = run.cache.put("lowered", key, make, meta)
     return _Lowered(
         path=entry.path("model.onnx"),
-        sha256=entry.sha256("model.onnx"),
+        sha256=_graph_digest(entry),
         opset=int(entry.meta["opset"]),
         calibration_sha256=calibration_sha256,
         reused=reused,
@@ -723,7 +772,7 @@ def _lower(run: _Context, precision: str, exported: _Exported) -> _Lowered:
 def _build_findings(engine: EngineSpec, made: _Made, size_bytes: int, *, file: SpecFile) -> Iterator[Finding | Failure]:
     from gate.precision import check_delivered_precision
 
-    if engine.plan is None:
+    if engine.plan is None or made.build.layers:
         yield check_delivered_precision(made.build, evidence=Evidence.PREFLIGHT)
     if engine.memory is not None and engine.memory.engine_mib is not None:
         mib = size_bytes / 2**20
@@ -864,9 +913,7 @@ def _compare(
         counted = task.metrics()
         if engine.task is not None:
             findings.extend(
-                task_findings(
-                    counted, engine=engine, file=run.file, evidence=evidence, labels=np.concatenate(labels)
-                )
+                task_findings(counted, engine=engine, file=run.file, evidence=evidence, labels=np.concatenate(labels))
             )
     if scores is not None and any(finding.status is not Status.PASSED for finding in findings):
         notes.extend(_worst_answer(run, engine, runner, scores, outputs))
@@ -905,22 +952,30 @@ def run_batch(runner: Runner, batch: Batch, *, engine: EngineSpec, run: _Context
 
     A batch smaller than the profile allows is filled up with its last sample, and the outputs cut again.
     """
-    first = next(iter(run.spec.inputs.values()))
-    least = first.sized("min")[0]
-    feed: Mapping[str, Array] = batch.inputs
-    if batch.size < least:
-        rows = np.minimum(np.arange(least), batch.size - 1)
-        feed = {name: np.ascontiguousarray(values[rows]) for name, values in batch.inputs.items()}
     started = time.perf_counter()
-    outputs = runner.run(feed)
+    outputs = run_filled(runner, batch, inputs=run.spec.inputs)
     run.seconds["inside_engines"] = run.seconds.get("inside_engines", 0.0) + time.perf_counter() - started
-    if batch.size < least:
-        outputs = {
-            name: values[: batch.size] if values.ndim and values.shape[0] == least else values
-            for name, values in outputs.items()
-        }
-    renamed = {theirs: ours for ours, theirs in engine.outputs.items()}
-    return {renamed.get(name, name): values for name, values in outputs.items()}
+    return _renamed(outputs, engine.outputs)
+
+
+def _renamed(outputs: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+    """The engine's outputs under the reference's names.
+
+    Raises:
+        RunError: An output that the spec names is not there, is named twice, or takes the name of another.
+    """
+    for ours, theirs in names.items():
+        if theirs not in outputs:
+            raise RunError(f"outputs = {{ {ours} = {theirs!r} }}: the engine has {', '.join(map(repr, outputs))}")
+    if len(set(names.values())) != len(names):
+        raise RunError(f"outputs names one output of the engine twice: {', '.join(map(repr, names.values()))}")
+    renamed = {theirs: ours for ours, theirs in names.items()}
+    given = [renamed.get(name, name) for name in outputs]
+    if twice := [name for name in dict.fromkeys(given) if given.count(name) > 1]:
+        raise RunError(
+            f"outputs maps {names[twice[0]]!r} to {twice[0]!r}, and the engine has an output {twice[0]!r} of its own"
+        )
+    return dict(zip(given, outputs.values(), strict=True))
 
 
 def _metamorphic(
@@ -939,7 +994,19 @@ def _metamorphic(
     with run.stage("metamorphic", engine=engine.name):
         samples = next(run.source.batches(batch_size(run.file))).inputs
         findings.extend(
-            metamorphic_findings(runner, samples, engine=engine, inputs=run.spec.inputs, limit=limit, evidence=evidence)
+            metamorphic_findings(
+                runner,
+                samples,
+                engine=engine,
+                inputs=run.spec.inputs,
+                limit=limit,
+                evidence=evidence,
+                without_batch=[
+                    engine.outputs.get(name, name)
+                    for name, scale in run.recording.outputs.items()
+                    if not scale.batch_axis
+                ],
+            )
         )
 
 
@@ -1045,6 +1112,7 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
     return tuple(sealed)
 
 
+@_not_ended_by_user_code()
 def record(file: SpecFile, out: Path, options: CheckOptions, observer: Observer) -> Path:
     """Record the reference and the graphs of all engines into a folder, for a host without PyTorch.
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gate.atomic import discard
-from gate.data.samples import DataDigest, SampleSource
+from gate.data.samples import Batch, DataDigest, SampleSource
 from gate.errors import DataError, RunError, SpecError
-from gate.spec import SpecFile
+from gate.factory import opened_files
+from gate.spec import InputSpec, SpecFile
 from gate.tensors import Array
 
 if TYPE_CHECKING:
@@ -58,11 +59,13 @@ class ModelIdentity:
         sha256: Over weights, code, and versions.
         weights_sha256: Of the weights alone; None for stored outputs.
         title: For a reader: `torch 2.13.0 fp32`.
+        depends: sha256 of each file that it was made from, by its path from the spec's folder.
     """
 
     sha256: str
     weights_sha256: str | None
     title: str
+    depends: Mapping[str, str] = field(default_factory=dict)
 
 
 class ReferenceModel:
@@ -77,6 +80,7 @@ class ReferenceModel:
         self._file = file
         self._cache = cache
         self._module: Any = None
+        self._opened: list[Path] = []
         self._identity: ModelIdentity | None = None
 
     @property
@@ -99,11 +103,15 @@ class ReferenceModel:
             factory = self._file.spec.model.factory
             if factory is None:
                 raise RunError("the reference is no PyTorch factory", where=str(self._file.path))
-            function = load_callable(factory, self._file.folder, where=f"[model] factory = {factory!r}")
-            try:
-                self._module = function()
-            except Exception as err:
-                raise RunError(f"failed: {type(err).__name__}: {err}", where=f"[model] factory = {factory!r}") from err
+            where = f"[model] factory = {factory!r}"
+            with opened_files() as self._opened:
+                function = load_callable(factory, self._file.folder, where=where)
+                try:
+                    module = function()
+                except Exception as err:
+                    raise RunError(f"failed: {type(err).__name__}: {err}", where=where) from err
+            _require_fp32(module, where)
+            self._module = module
         return self._module
 
     def identity(self) -> ModelIdentity:
@@ -120,12 +128,15 @@ class ReferenceModel:
     def _find_identity(self) -> ModelIdentity:
         model = self._file.spec.model
         if model.onnx is not None:
-            digest = onnx_digest(self._existing("onnx", model.onnx))
-            return ModelIdentity(digest, digest, f"onnx fp32 on onnxruntime {_version('onnxruntime')}")
+            path = self._existing("onnx", model.onnx)
+            digest = onnx_digest(path)
+            _require_fp32_graph(path, f"[model] onnx = {model.onnx!r}")
+            title = f"onnx fp32 on onnxruntime {_version('onnxruntime')}"
+            return ModelIdentity(digest, digest, title, {model.onnx: file_digest(path)})
         if model.outputs is not None:
             path = self._existing("outputs", model.outputs)
             digest = file_digest(path / RECORDING if path.is_dir() else path)
-            return ModelIdentity(digest, None, "stored outputs")
+            return ModelIdentity(digest, None, "stored outputs", {} if path.is_dir() else {model.outputs: digest})
         declared = {name: file_digest(self._existing("weights", name)) for name in model.weight_files}
         torch_version = _version("torch")
         title = f"torch {torch_version} fp32"
@@ -140,7 +151,8 @@ class ReferenceModel:
             entry = self._cache.get("model", key)
             if entry is not None:
                 if self._unchanged(entry.meta["depends"]):
-                    return ModelIdentity(entry.meta["identity"], entry.meta["weights_sha256"], title)
+                    depends = {**entry.meta["depends"], **declared}
+                    return ModelIdentity(entry.meta["identity"], entry.meta["weights_sha256"], title, depends)
                 discard(entry.folder)
         from gate.factory import local_sources, state_digest
 
@@ -149,24 +161,31 @@ class ReferenceModel:
             each.partition(":")[0] for each in (self._file.spec.data.source, self._file.spec.data.calibration or "")
         ]
         sources = local_sources(str(model.factory), self._file.folder, self.module, apart=data)
-        depends = {self._relative(path): file_digest(path) for path in sources}
+        files = {*sources, *self._read_by_the_factory()}
+        depends = {self._relative(path): file_digest(path) for path in sorted(files)}
         identity = hashlib.sha256(
             json.dumps([weights, declared, sorted(depends.items()), torch_version], sort_keys=True).encode()
         ).hexdigest()
         if declared:
             meta = {"identity": identity, "weights_sha256": weights, "depends": depends}
             self._cache.put("model", key, lambda folder: _write_identity(folder, identity), meta)
-        return ModelIdentity(identity, weights, title)
+        return ModelIdentity(identity, weights, title, {**depends, **declared})
+
+    def _read_by_the_factory(self) -> set[Path]:
+        """Files that the factory opened, named in the spec or not.
+
+        Those that a library opens outside Python are not seen; safetensors does so, hence all of the spec's folder.
+        """
+        data = self._file.spec.data
+        beside = set(self._file.folder.glob("*.safetensors"))
+        beside -= {self._file.folder / each for each in (data.source, data.calibration or "")}
+        return {path for path in (*self._opened, *(each.resolve() for each in beside)) if path.is_file()}
 
     def _relative(self, path: Path) -> str:
         return os.path.relpath(path, self._file.folder)
 
     def _unchanged(self, depends: Mapping[str, str]) -> bool:
-        for name, digest in depends.items():
-            path = self._file.folder / name
-            if not path.is_file() or file_digest(path) != digest:
-                return False
-        return True
+        return not any(_differs(self._file.folder / name, digest) for name, digest in depends.items())
 
     def _existing(self, key: str, name: str) -> Path:
         path = self._file.folder / name
@@ -188,6 +207,49 @@ class ReferenceModel:
         from gate.engines.torch import TorchRunner
 
         return TorchRunner(self.module, spec=self._file.spec)
+
+
+def _differs(path: Path, digest: str) -> bool:
+    return not path.is_file() or file_digest(path) != digest
+
+
+def _require_fp32(module: Any, where: str) -> None:
+    """Refuse a module whose weights are narrower than FP32: it would be compared with itself.
+
+    Raises:
+        RunError: One is; names it.
+    """
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        return
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            raise RunError(
+                f"the reference must be FP32, and its {name!r} is {str(tensor.dtype).removeprefix('torch.')}",
+                where=where,
+                hint="Let the factory return model.float().",
+            )
+
+
+def _require_fp32_graph(path: Path, where: str) -> None:
+    """As `_require_fp32`, for the layers of an ONNX file that multiply.
+
+    Raises:
+        DataError: One computes in less.
+    """
+    import onnx
+
+    from gate.engines.graph import layers_of
+    from gate.precision import compute_layers
+
+    layers = compute_layers(layers_of(onnx.load(path, load_external_data=False)))
+    if narrow := [each for each in layers if each.precision not in ("fp32", "fp64", "unknown")]:
+        raise DataError(
+            f"the reference must be FP32, and {narrow[0].name} ({narrow[0].type}) computes in {narrow[0].precision}",
+            where=where,
+            hint="Name the graph as it was before it was lowered.",
+        )
 
 
 def _write_identity(folder: Path, identity: str) -> None:
@@ -293,7 +355,9 @@ def record(
 
     def make(folder: Path) -> None:
         outputs = (
-            _stored_batches(file, source, batch) if model.kind == "outputs" else _run_batches(model, source, batch)
+            _stored_batches(file, source, batch)
+            if model.kind == "outputs"
+            else _run_batches(model, file, source, batch)
         )
         meta.update(_write_batches(outputs, folder, advance))
         meta["samples"] = len(source)
@@ -314,11 +378,28 @@ def batch_size(file: SpecFile) -> int:
 
 
 def _run_batches(
-    model: ReferenceModel, source: SampleSource, batch: int
+    model: ReferenceModel, file: SpecFile, source: SampleSource, batch: int
 ) -> Iterator[tuple[int, int, dict[str, Array]]]:
     with model.runner() as runner:
         for each in source.batches(batch):
-            yield each.first, each.size, runner.run(each.inputs)
+            yield each.first, each.size, run_filled(runner, each, inputs=file.spec.inputs)
+
+
+def run_filled(runner: Runner, batch: Batch, *, inputs: Mapping[str, InputSpec]) -> dict[str, Array]:
+    """The outputs for a batch; one smaller than the profile allows is filled up with its last sample, and cut again.
+
+    Raises:
+        RunError: As `Runner.run`.
+    """
+    least = next(iter(inputs.values())).sized("min")[0]
+    if batch.size >= least:
+        return runner.run(batch.inputs)
+    rows = np.minimum(np.arange(least), batch.size - 1)
+    outputs = runner.run({name: np.ascontiguousarray(values[rows]) for name, values in batch.inputs.items()})
+    return {
+        name: values[: batch.size] if values.ndim and values.shape[0] == least else values
+        for name, values in outputs.items()
+    }
 
 
 def _stored_batches(file: SpecFile, source: SampleSource, batch: int) -> Iterator[tuple[int, int, dict[str, Array]]]:
@@ -340,6 +421,8 @@ def _stored_batches(file: SpecFile, source: SampleSource, batch: int) -> Iterato
     if not arrays:
         raise DataError(f"{path} holds no outputs", where=where)
     for key, values in arrays.items():
+        if values.dtype.kind not in "biuf":
+            raise DataError(f"output {key!r} is {values.dtype}, expected numbers", where=where)
         if values.ndim == 0 or len(values) != len(source):
             raise DataError(
                 f"output {key!r} has shape {list(values.shape)}, there are {len(source)} samples", where=where
@@ -372,7 +455,8 @@ def _write_batches(
             sums.setdefault(name, _ScaleSum()).add(values, size)
         files.append(f"batch-{len(files):05d}.safetensors")
         firsts.append(first)
-        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, folder / files[-1])
+        # np.ascontiguousarray would make a scalar an array of one element
+        save_file({name: np.asarray(values, order="C") for name, values in arrays.items()}, folder / files[-1])
         advance()
     if not sums:
         raise RunError("the reference gave no outputs")
@@ -409,13 +493,15 @@ def read_recording(folder: Path, *, file: SpecFile, digest: DataDigest) -> tuple
     where = str(folder / RECORDING)
     try:
         raw = json.loads((folder / RECORDING).read_bytes())
-        meta, digests = raw["meta"], raw["files"]
-    except (OSError, ValueError, KeyError, TypeError) as err:
+        meta, digests = dict(raw["meta"]), dict(raw["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise DataError(f"is no recording: {err}", where=where, hint="make one: gate record gate.toml -o DIR") from err
     for name, expected in digests.items():
         path = folder / name
         if not path.is_file() or file_digest(path) != expected:
             raise DataError(f"{name} is missing or its digest differs from the recorded one", where=where)
+    if raw.get("digest") != _recording_digest(raw):
+        raise DataError("its own digest does not hold: it was changed after it was recorded", where=where)
     if set(meta["files"]) - set(digests):
         raise DataError("lists batches without a digest", where=where)
     if meta["inputs_sha256"] != digest.inputs_sha256:
@@ -425,6 +511,14 @@ def read_recording(folder: Path, *, file: SpecFile, digest: DataDigest) -> tuple
         )
     if meta["spec_model"] != _model_fields(file):
         raise DataError("was recorded for another [model] than the spec's", where=where)
+    for name, expected in meta["depends"].items():
+        path = file.folder / name
+        if path.is_file() and file_digest(path) != expected:
+            raise DataError(
+                f"was recorded before {name} changed",
+                where=where,
+                hint="Record it again: gate record gate.toml -o DIR",
+            )
     recording = _recording(folder, meta, reused=True, sha256=raw["key"])
     return recording, ModelIdentity(meta["model_sha256"], meta["weights_sha256"], meta["title"])
 
@@ -509,10 +603,22 @@ def write_recording(
         "weights_sha256": identity.weights_sha256,
         "title": identity.title,
         "spec_model": _model_fields(file),
+        "depends": dict(identity.depends),
         "graphs": stored,
     }
-    raw = {"key": entry.sha256, "meta": meta, "files": {name: file_digest(folder / name) for name in names}}
+    raw: dict[str, Any] = {
+        "key": entry.sha256,
+        "meta": meta,
+        "files": {name: file_digest(folder / name) for name in names},
+    }
+    raw["digest"] = _recording_digest(raw)
     (folder / RECORDING).write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _recording_digest(raw: Mapping[str, Any]) -> str:
+    """Over all that `recording.json` says: scales and digests cannot be edited without it."""
+    held = {key: value for key, value in raw.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def _model_fields(file: SpecFile) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Pure but for `read_spec`, which reads the one file. Nothing named in a spec is i
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -571,6 +572,9 @@ def line_of(text: str, key: KeyPath) -> int:
 
 def _contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
     """What is well-formed but cannot be meant: the key, and what is wrong with it."""
+    for key, value in _numbers((), msgspec.to_builtins(spec)):
+        if not math.isfinite(value):
+            yield key, f"[{'.'.join(str(each) for each in key[:-1])}] {key[-1]} = {value}: expected a finite number"
     yield from _model_contradictions(spec)
     yield from _input_contradictions(spec)
     if not spec.engines:
@@ -584,6 +588,16 @@ def _contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
             (("engine", index, *key), f"engine {engine.name!r}: {message}")
             for key, message in _engine_contradictions(spec, engine)
         )
+
+
+def _numbers(key: KeyPath, value: Any) -> Iterator[tuple[KeyPath, float]]:
+    """Every floating number of a tree and where it stands."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, (dict, list, tuple)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, each in pairs:
+            yield from _numbers((*key, name), each)
 
 
 def _model_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
@@ -673,6 +687,8 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
         for key in asked:
             if key != "memory":
                 yield (key,), f"evidence 'preflight' compiles and does not run, so it cannot check [engine.{key}]"
+        if engine.plan is not None:
+            yield ("plan",), "evidence 'preflight' compiles, and a plan is compiled already"
         if engine.memory is not None and engine.memory.host_peak_mib is not None:
             yield ("memory", "host_peak_mib"), "evidence 'preflight' does not run, so it has no host_peak_mib"
     elif not asked:

@@ -136,7 +136,9 @@ class DatasetSource:
                 f"{', '.join(map(repr, self.names))}",
                 where=self.where,
             )
-        return {name: np.asarray(value) for name, value in inputs.items()}, label
+        return {
+            name: _as_array(value, f"input {name!r} of sample {index}", self.where) for name, value in inputs.items()
+        }, label
 
     def _stacked(self, first: int, held: list[tuple[dict[str, Array], object]]) -> Batch:
         names = held[0][0].keys()
@@ -155,8 +157,18 @@ class DatasetSource:
         )
 
 
+def _as_array(value: object, what: str, where: str) -> Array:
+    try:
+        array = np.asarray(value)
+    except Exception as err:
+        raise DataError(f"{what} is no array: {type(err).__name__}: {err}", where=where) from err
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{what} is a {type(value).__name__} and no array of numbers", where=where)
+    return array
+
+
 def _as_label(label: object, where: str) -> np.int64:
-    value = np.asarray(label)
+    value = _as_array(label, f"label {label!r}", where)
     if value.size != 1 or value.dtype.kind not in "iu":
         raise DataError(f"a label must be one integer, got {label!r}", where=where)
     return np.int64(value.reshape(()).item())
@@ -174,11 +186,50 @@ class DataDigest:
         samples: sha256 of each sample's inputs, in order, 32 bytes each.
         inputs_sha256: Of all inputs in order.
         data_sha256: Of all inputs and labels in order.
+        labels: int64 little-endian, one after another; empty where there are none.
     """
 
     samples: tuple[bytes, ...]
     inputs_sha256: str
     data_sha256: str
+    labels: bytes = b""
+
+
+@dataclass(frozen=True)
+class DigestedSource:
+    """A source that is held to its digest: what it gives later is what was checked first.
+
+    Args:
+        source: Gone through once already, by `digest_of`.
+        digest: Of that.
+        where: For errors.
+    """
+
+    source: SampleSource
+    digest: DataDigest
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """As `SampleSource.batches`.
+
+        Raises:
+            DataError: A sample or its label is not the one that was digested.
+        """
+        for each in self.source.batches(size):
+            part = slice(each.first, each.first + each.size)
+            labels = b"" if each.labels is None else each.labels.astype("<i8").tobytes()
+            if tuple(_row_digests(each)) != self.digest.samples[part] or (
+                labels != self.digest.labels[8 * part.start : 8 * part.stop]
+            ):
+                raise DataError(
+                    f"gives other samples or labels from {each.first} on than it gave before",
+                    where=self.where,
+                    hint="Every run through the data must give the same: fix its seed, its order and its augmentation.",
+                )
+            yield each
 
 
 def open_source(file: SpecFile, source: str, *, needed: int, key: str) -> SampleSource:
@@ -242,31 +293,40 @@ def _read_arrays(path: Path, where: str) -> dict[str, Array]:
 
 def _as_source(value: object, names: tuple[str, ...], where: str) -> SampleSource:
     if isinstance(value, Mapping):
-        arrays = {str(name): np.asarray(array) for name, array in value.items()}
+        arrays = {str(name): _as_array(array, repr(str(name)), where) for name, array in value.items()}
         labels = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays and key not in names), None)
         value = Samples(inputs=arrays, labels=labels)
     if isinstance(value, Samples):
+        if not isinstance(value.inputs, Mapping):
+            raise DataError(f"its inputs are a {type(value.inputs).__name__}, expected arrays by name", where=where)
         if set(value.inputs) != set(names):
             raise DataError(
                 f"has inputs {', '.join(map(repr, value.inputs)) or 'none'}, "
                 f"the spec has {', '.join(map(repr, names))}",
                 where=where,
             )
-        lengths = {name: len(array) for name, array in value.inputs.items()}
+        inputs = {name: _as_array(array, f"input {name!r}", where) for name, array in value.inputs.items()}
+        if scalars := [name for name, array in inputs.items() if array.ndim == 0]:
+            raise DataError(f"input {scalars[0]!r} is a scalar, expected [N, ...]", where=where)
+        lengths = {name: len(array) for name, array in inputs.items()}
         count = next(iter(lengths.values()))
         if len(set(lengths.values())) != 1:
             raise DataError(f"its inputs differ in length: {lengths}", where=where)
         if value.labels is not None:
-            labels_array = np.asarray(value.labels)
+            labels_array = _as_array(value.labels, "labels", where)
             if labels_array.ndim != 1 or labels_array.dtype.kind not in "iu":
                 raise DataError(
                     f"labels must be integers [N], got {labels_array.dtype} {list(labels_array.shape)}", where=where
                 )
             if len(labels_array) != count:
                 raise DataError(f"has {count} samples but {len(labels_array)} labels", where=where)
-        return ArraySource(value, count)
+        return ArraySource(Samples(inputs, value.labels), count)
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
-        return DatasetSource(value, names, where, len(value))
+        try:
+            count = len(value)
+        except Exception as err:
+            raise DataError(f"its len() failed: {type(err).__name__}: {err}", where=where) from err
+        return DatasetSource(value, names, where, count)
     raise DataError(
         f"gave a {type(value).__name__}; expected gate.Samples, a mapping of arrays, or a dataset with len() and [i]",
         where=where,
@@ -281,28 +341,34 @@ def digest_of(source: SampleSource, *, inputs: Mapping[str, InputSpec], batch: i
             another number of samples than it said.
     """
     ids: list[bytes] = []
-    labels = hashlib.sha256()
+    labels: list[bytes] = []
     labelled = 0
     for each in source.batches(batch):
         _require_fits(each, inputs, where)
-        rows = {name: np.ascontiguousarray(each.inputs[name]) for name in sorted(each.inputs)}
-        heads = {name: f"{name}:{rows[name].dtype}:{rows[name].shape[1:]}".encode() for name in rows}
-        for row in range(each.size):
-            one = hashlib.sha256()
-            for name, values in rows.items():
-                one.update(heads[name])
-                one.update(values[row].tobytes())
-            ids.append(one.digest())
+        ids.extend(_row_digests(each))
         if each.labels is not None:
-            labels.update(each.labels.astype("<i8").tobytes())
+            labels.append(each.labels.astype("<i8").tobytes())
             labelled += each.size
     if len(ids) != len(source):
         raise DataError(f"said it has {len(source)} samples and gave {len(ids)}", where=where)
     if labelled not in (0, len(ids)):
         raise DataError(f"gave labels for {labelled} of {len(ids)} samples", where=where)
     inputs_sha256 = hashlib.sha256(b"".join(ids)).hexdigest()
-    data = hashlib.sha256(f"{inputs_sha256}:{labelled}:{labels.hexdigest()}".encode()).hexdigest()
-    return DataDigest(samples=tuple(ids), inputs_sha256=inputs_sha256, data_sha256=data)
+    all_labels = b"".join(labels)
+    data = hashlib.sha256(f"{inputs_sha256}:{labelled}:{hashlib.sha256(all_labels).hexdigest()}".encode()).hexdigest()
+    return DataDigest(samples=tuple(ids), inputs_sha256=inputs_sha256, data_sha256=data, labels=all_labels)
+
+
+def _row_digests(batch: Batch) -> Iterator[bytes]:
+    """sha256 of each sample's inputs."""
+    rows = {name: np.ascontiguousarray(batch.inputs[name]) for name in sorted(batch.inputs)}
+    heads = {name: f"{name}:{rows[name].dtype}:{rows[name].shape[1:]}".encode() for name in rows}
+    for row in range(batch.size):
+        one = hashlib.sha256()
+        for name, values in rows.items():
+            one.update(heads[name])
+            one.update(values[row].tobytes())
+        yield one.digest()
 
 
 def _require_fits(batch: Batch, inputs: Mapping[str, InputSpec], where: str) -> None:
