@@ -7,6 +7,7 @@ INCONCLUSIVE. Nothing measured is never a pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from enum import Enum
 from typing import Literal
 
@@ -146,6 +147,15 @@ def status_of(statuses: list[Status]) -> Status:
     return Status.PASSED
 
 
+def is_covered(required: str, checks: Iterable[str]) -> bool:
+    """Whether a required check has a finding.
+
+    Its own, one for each output (`parity.nonfinite[boxes]`), or, for a group such as `baseline`, one below it
+    (`baseline.rel_rmse_ratio`).
+    """
+    return any(check == required or check.startswith((f"{required}[", f"{required}.")) for check in checks)
+
+
 class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The findings of one engine and what follows from them.
 
@@ -167,7 +177,7 @@ class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise MeasurementError(f"two findings for one check: {', '.join(twice)}")
         if not any(isinstance(finding, Failure) for finding in self.findings) and (
-            missing := sorted(set(self.required) - set(names))
+            missing := sorted(name for name in self.required if not is_covered(name, names))
         ):
             raise MeasurementError(f"required checks have no finding: {', '.join(missing)}")
 

@@ -20,6 +20,7 @@ LAYERS = {
     "judges": ("compare", "diagnosis", "latency", "metamorphic", "metrics.*", "precision", "tolerances"),
     "ground": ("atomic", "author", "cache", "chatter", "device", "engines.graph", "factory", "memory", "timing"),
     "effects": ("baseline", "data.*", "engines.*", "export", "lower", "reference", "store"),
+    "steps": ("steps.*",),
     "pipeline": ("pipeline", "schemas"),
     "edges": ("cli.*", "pytest_plugin", "report.*"),
     "entry": ("__main__",),

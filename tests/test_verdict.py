@@ -111,3 +111,10 @@ def test_only_a_passed_verdict_can_be_made_into_one_that_can_be_sealed() -> None
 def test_the_strongest_evidence_is_the_verdicts() -> None:
     weak = Failure(check="build", error="BuildError", message="m", evidence=Evidence.PREFLIGHT)
     assert Verdict((weak, finding())).evidence is Evidence.HOST
+
+
+def test_a_required_check_is_covered_by_its_outputs_or_its_group() -> None:
+    found = (finding(check="parity.nonfinite[boxes]"), finding(check="baseline.rel_rmse_ratio"))
+    assert Verdict(found, required=("parity.nonfinite", "baseline")).status is Status.PASSED
+    with pytest.raises(MeasurementError, match="no finding: parity.non$"):
+        Verdict(found, required=("parity.non",))

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from gate.cache import Cache
-from gate.pipeline import _graph_digest
+from gate.steps.make import graph_digest
 from tests.withstand.conftest import Project
 
 UNRELIABLE = """
@@ -170,7 +170,7 @@ def test_graphs_that_differ_only_in_external_weights_have_other_digests(tmp_path
             for name in ("model.onnx", "model.onnx.data"):
                 (folder / name).write_bytes(changed if name == part else b"same")
 
-        return _graph_digest(cache.put("export", hashlib.sha256(changed).hexdigest(), make, {}))
+        return graph_digest(cache.put("export", hashlib.sha256(changed).hexdigest(), make, {}))
 
     assert digest(b"one") != digest(b"two")
 

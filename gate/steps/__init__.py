@@ -1,0 +1,1 @@
+"""The steps of a check, called in order by gate.pipeline."""

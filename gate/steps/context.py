@@ -1,0 +1,233 @@
+"""What the steps of a check share: the samples, the recorded reference, the cache, the observer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from gate.data.samples import Batch, DataDigest, DigestedSource, SampleSource, digest_of, open_source, require_disjoint
+from gate.errors import DataError, MeasurementError
+from gate.reference import ModelIdentity, Recording, ReferenceModel, batch_size, read_recording
+from gate.reference import record as record_reference
+from gate.spec import SpecFile
+from gate.tensors import Array
+
+if TYPE_CHECKING:
+    from gate.cache import Cache
+
+
+class Observer(Protocol):
+    """Told what happens while it happens; a terminal shows progress, a test nothing."""
+
+    def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> None:
+        """A stage begins: `samples`, `reference`, `export`, `lower`, `build`, `compare`, `metamorphic`, `latency`.
+
+        `total` is the number of steps where it is known (batches); it ends when the next begins or on `done`.
+        """
+        ...
+
+    def advance(self, steps: int = 1) -> None:
+        """So many steps of the current stage are done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something a reader should know: what was reused, a cache entry that was rebuilt."""
+        ...
+
+    def done(self) -> None:
+        """The last stage ended."""
+        ...
+
+
+class Silence:
+    """An observer that shows nothing."""
+
+    def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> None:
+        """Nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def done(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How to check.
+
+    Args:
+        engines: Only these, in the spec's order; empty: all.
+        cache: Folder of the cache; None: no cache, everything is made anew in a temporary folder.
+        baselines: Folder of the accepted baselines.
+        reference: A folder made by `gate record`, for a host without PyTorch.
+    """
+
+    engines: tuple[str, ...] = ()
+    cache: Path | None = field(default_factory=lambda: Path(".gate/cache"))
+    baselines: Path = Path("baselines")
+    reference: Path | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The reference as FP32 ONNX, and whether it came from the cache or a recording."""
+
+    path: Path
+    sha256: str
+    opset: int
+    reused: bool
+
+
+class Context:
+    """What all engines of a run share: opened once, lazily where not every engine needs it."""
+
+    def __init__(self, file: SpecFile, options: CheckOptions, observer: Observer) -> None:
+        from gate.cache import Cache
+
+        self.file = file
+        self.spec = file.spec
+        self.options = options
+        self.observer = observer
+        self.cache: Cache = Cache(options.cache, on_rebuild=observer.note)
+        self.seconds: dict[str, float] = {}
+        self.model = ReferenceModel(file, self.cache)
+        self.source: SampleSource
+        self.digest: DataDigest
+        self.identity: ModelIdentity
+        self.recording: Recording
+        self._calibration: tuple[SampleSource, DataDigest] | None = None
+        self.graph: Exported | None = None
+
+    @contextmanager
+    def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> Iterator[None]:
+        """Show a stage and add its wall time to `seconds`."""
+        self.observer.stage(name, engine=engine, total=total)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def open_samples(self) -> None:
+        """Read, check and digest every evaluation sample."""
+        data = self.spec.data
+        with self.stage("samples"):
+            self.source = open_source(self.file, data.source, needed=data.samples, key="source")
+            self.digest = digest_of(
+                self.source,
+                inputs=self.spec.inputs,
+                batch=batch_size(self.file),
+                where=f"[data] source = {data.source!r}",
+            )
+            where = f"[data] source = {data.source!r}"
+            self.source = DigestedSource(self.source, self.digest, where)
+            labels = np.frombuffer(self.digest.labels, "<i8")
+            if self.spec.task is not None and len(labels) > 1 and labels.min() == labels.max():
+                raise DataError(
+                    f"all {len(labels)} labels are {labels[0]}, so an engine that always gives one answer would be right",
+                    where=where,
+                )
+            if data.calibration is not None:
+                self.calibration()
+
+    def calibration(self) -> tuple[SampleSource, DataDigest]:
+        """The calibration samples, checked against the evaluation samples."""
+        if self._calibration is None:
+            data = self.spec.data
+            if data.calibration is None:
+                raise DataError("[data] names no calibration samples", where=str(self.file.path))
+            source = open_source(self.file, data.calibration, needed=data.calibration_samples, key="calibration")
+            source = _First(source, data.calibration_samples)
+            where = f"[data] calibration = {data.calibration!r}"
+            digest = digest_of(source, inputs=self.spec.inputs, batch=batch_size(self.file), where=where)
+            require_disjoint(self.digest, digest)
+            self._calibration = (DigestedSource(source, digest, where), digest)
+        return self._calibration
+
+    def open_reference(self) -> None:
+        """Record the reference, or read its recording."""
+        batches = -(-len(self.source) // batch_size(self.file))
+        with self.stage("reference", total=batches):
+            if self.options.reference is not None:
+                self.recording, self.identity = read_recording(
+                    self.options.reference, file=self.file, digest=self.digest
+                )
+            else:
+                self.identity = self.model.identity()
+                self.recording = record_reference(
+                    self.model,
+                    file=self.file,
+                    source=self.source,
+                    digest=self.digest,
+                    cache=self.cache,
+                    advance=self.observer.advance,
+                )
+
+    def pairs(self) -> Iterator[tuple[Batch, dict[str, Array]]]:
+        """Each batch of samples with the reference's outputs for it."""
+        outputs = self.recording.batches()
+        firsts = iter(self.recording.firsts)
+        for batch in self.source.batches(batch_size(self.file)):
+            first = next(firsts, None)
+            if first != batch.first:
+                raise MeasurementError(f"the recorded reference has no batch that starts at sample {batch.first}")
+            yield batch, next(outputs)
+        if next(firsts, None) is not None:
+            raise MeasurementError("the recorded reference holds more samples than the data source gave")
+
+
+@dataclass(frozen=True)
+class _First:
+    """The first so many samples of a source."""
+
+    source: SampleSource
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """As `SampleSource.batches`."""
+        for batch in self.source.batches(size):
+            left = self.count - batch.first
+            if left <= 0:
+                return
+            if batch.size <= left:
+                yield batch
+                continue
+            labels = None if batch.labels is None else batch.labels[:left]
+            yield Batch(batch.first, {name: values[:left] for name, values in batch.inputs.items()}, labels)
+
+
+def scores_output(run: Context) -> str:
+    """The output with the class scores: the spec's, or the only one.
+
+    Raises:
+        DataError: There is none, or several.
+    """
+    names = list(run.recording.outputs)
+    asked = run.spec.task.output if run.spec.task is not None else None
+    if asked is not None:
+        if asked not in names:
+            raise DataError(
+                f"[task] output = {asked!r}, the reference has {', '.join(map(repr, names))}",
+                where=run.file.location("task", "output"),
+            )
+        return asked
+    if len(names) == 1:
+        return names[0]
+    raise DataError(
+        f"[task] must say which output holds the class scores: {', '.join(map(repr, names))}",
+        where=run.file.location("task"),
+        hint=f'output = "{names[0]}"',
+    )

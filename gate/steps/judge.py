@@ -1,0 +1,420 @@
+"""From an engine's file to its verdict: run it, compare it, time it, hold it against the baseline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from gate.data.samples import Batch
+from gate.engines.interface import Backend, Runner
+from gate.errors import BuildError, DataError, GateError, RunError
+from gate.metamorphic import applicable_checks, metamorphic_findings
+from gate.reference import Recording, batch_size, run_filled
+from gate.results import EngineResult, OutputMetrics, TaskMetrics
+from gate.spec import EngineSpec, LatencySpec, SpecFile
+from gate.steps.context import Context, scores_output
+from gate.steps.make import Made, make_engine
+from gate.tensors import Array, mismatches
+from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict, is_covered
+
+DIAGNOSED_ROWS = 256
+
+
+def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineResult:
+    """Build, run and judge one engine. What goes wrong in it is a Failure of its own."""
+    preflight = engine.required_evidence == "preflight"
+    evidence = Evidence.PREFLIGHT if preflight else backend.runs_here() or Evidence.PREFLIGHT
+    result = EngineResult(
+        name=engine.name, backend=engine.backend, precision=engine.precision, verdict=None, evidence=evidence
+    )
+    findings: list[Finding | Failure] = []
+    try:
+        made = make_engine(run, engine, backend)
+    except GateError as err:
+        return _judged(run, engine, result, [_failure("build", err, Evidence.PREFLIGHT)])
+    size = made.path.stat().st_size
+    result = msgspec.structs.replace(
+        result,
+        size_bytes=size,
+        build=made.build,
+        engine_sha256=made.sha256,
+        engine_path=str(made.path),
+        onnx_opset=made.opset,
+        calibration_sha256=made.calibration_sha256,
+        reused=made.reused,
+        notes=made.notes,
+    )
+    findings.extend(_build_findings(engine, made, size, file=run.file))
+    if not preflight:
+        try:
+            with backend_open(backend, made.path, run, engine) as runner:
+                result = _run_engine(run, engine, runner, result, findings=findings)
+        except GateError as err:
+            findings.append(_failure("run", err, evidence))
+    return _judged(run, engine, result, findings)
+
+
+@contextmanager
+def backend_open(backend: Backend, path: Path, run: Context, engine: EngineSpec) -> Iterator[Runner]:
+    """The engine, loaded; closed in the end."""
+    runner = backend.open(path, spec=run.spec, engine=engine)
+    try:
+        yield runner
+    finally:
+        runner.close()
+
+
+def _judged(run: Context, engine: EngineSpec, result: EngineResult, findings: list[Finding | Failure]) -> EngineResult:
+    """The result with its verdict; a check that the spec asked for and that has no finding is a Failure."""
+    names = {finding.check for finding in findings}
+    failed = any(isinstance(finding, Failure) for finding in findings)
+    required = required_checks(engine, run)
+    for name in required:
+        if not is_covered(name, names) and not failed:
+            findings.append(
+                Failure(
+                    check=name,
+                    error="MeasurementError",
+                    message=f"{name} was asked for and nothing was measured",
+                    evidence=result.evidence or Evidence.PREFLIGHT,
+                    hint="Nothing compared is not a pass.",
+                )
+            )
+    return msgspec.structs.replace(result, verdict=Verdict(findings=tuple(findings), required=required))
+
+
+def required_checks(engine: EngineSpec, run: Context) -> tuple[str, ...]:
+    """Names of the checks that must have a finding; one of several outputs stands for all of them."""
+    names: list[str] = (
+        [] if engine.plan is not None and engine.backend != "onnxruntime" else ["build.delivered_precision"]
+    )
+    if engine.required_evidence == "preflight":
+        return tuple(names)
+    names.extend(applicable_checks(engine, run.spec.inputs))
+    if engine.parity is not None:
+        names.append("parity.nonfinite")
+    if engine.task is not None:
+        asked = {key: getattr(engine.task, key) for key in engine.task.__struct_fields__}
+        wanted = [key for key, value in asked.items() if value is not None] or ["top1_drop_at_most_pp"]
+        names.extend("task." + key.replace("_drop_at_most_pp", "_drop_pp").replace("_at_least", "") for key in wanted)
+    if engine.latency is not None:
+        names.extend(
+            f"latency.{key}" for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms") if getattr(engine.latency, key)
+        )
+        if engine.latency.throughput_at_least is not None:
+            names.append("latency.throughput")
+    if engine.baseline is not None:
+        names.append("baseline")
+    if engine.memory is not None:
+        names.extend(f"memory.{key}" for key in ("engine_mib", "host_peak_mib") if getattr(engine.memory, key))
+    return tuple(names)
+
+
+def _failure(check: str, err: GateError, evidence: Evidence) -> Failure:
+    text = str(err) if isinstance(err, BuildError) else f"{err.where}: {err.message}" if err.where else err.message
+    return Failure(check=check, error=type(err).__name__, message=text, evidence=evidence, hint=err.hint or "")
+
+
+def _build_findings(engine: EngineSpec, made: Made, size_bytes: int, *, file: SpecFile) -> Iterator[Finding | Failure]:
+    from gate.precision import check_delivered_precision
+
+    if engine.plan is None or made.build.layers:
+        yield check_delivered_precision(made.build, evidence=Evidence.PREFLIGHT)
+    if engine.memory is not None and engine.memory.engine_mib is not None:
+        mib = size_bytes / 2**20
+        yield Finding(
+            check="memory.engine_mib",
+            estimate=mib,
+            interval=Interval(mib, mib),
+            limit=Limit(
+                "at_most", engine.memory.engine_mib, "spec", file.engine_location(engine.name, "memory", "engine_mib")
+            ),
+            unit="MiB",
+            n=1,
+            evidence=Evidence.PREFLIGHT,
+            hint="docs/findings.md#memory-engine_mib",
+        )
+
+
+def _run_engine(
+    run: Context, engine: EngineSpec, runner: Runner, result: EngineResult, *, findings: list[Finding | Failure]
+) -> EngineResult:
+    """Everything that needs the engine to run; findings are appended as they are made, so that none is lost."""
+    from gate.memory import host_peak
+
+    evidence = result.evidence or Evidence.PREFLIGHT
+    with host_peak() as peak:
+        compared = _compare(run, engine, runner, evidence, findings)
+        if compared is None:
+            return result
+        result = msgspec.structs.replace(
+            result, outputs=compared.outputs, task=compared.task, notes=(*result.notes, *compared.notes)
+        )
+        _metamorphic(run, engine, runner, evidence, findings)
+        if engine.latency is not None:
+            result = _latency(run, engine, runner, result, findings=findings)
+    result = msgspec.structs.replace(result, host_peak_mib=peak.mib)
+    if engine.memory is not None and engine.memory.host_peak_mib is not None:
+        findings.append(
+            Finding(
+                check="memory.host_peak_mib",
+                estimate=peak.mib if peak.mib is not None else float("nan"),
+                interval=Interval(peak.mib or 0.0, peak.mib if peak.mib is not None else float("nan")),
+                limit=Limit(
+                    "at_most",
+                    engine.memory.host_peak_mib,
+                    "spec",
+                    run.file.engine_location(engine.name, "memory", "host_peak_mib"),
+                ),
+                unit="MiB",
+                n=1,
+                evidence=evidence,
+                hint="docs/findings.md#memory-host_peak_mib",
+            )
+        )
+    if engine.baseline is not None:
+        result = _against_baseline(run, engine, result, evidence, findings)
+    return result
+
+
+@dataclass(frozen=True)
+class _Compared:
+    outputs: tuple[OutputMetrics, ...]
+    task: TaskMetrics | None
+    notes: tuple[str, ...]
+
+
+def _compare(
+    run: Context, engine: EngineSpec, runner: Runner, evidence: Evidence, findings: list[Finding | Failure]
+) -> _Compared | None:
+    """Run every sample through the engine beside the recorded reference. None where outputs cannot be paired."""
+    from gate.compare import OutputAccumulator
+    from gate.diagnosis import diagnose
+    from gate.metrics.classification import ClassificationAccumulator, task_findings
+    from gate.tolerances import allclose_tolerances, parity_findings
+
+    recording = run.recording
+    scores = scores_output(run) if run.spec.task is not None else None
+    accumulators: dict[str, OutputAccumulator] = {}
+    task = ClassificationAccumulator() if scores is not None else None
+    labels: list[Array] = []
+    kept: dict[str, tuple[list[Array], list[Array]]] = {}
+    kept_rows = 0
+    with run.stage("compare", engine=engine.name, total=len(recording.files)):
+        for batch, reference in run.pairs():
+            candidate = run_batch(runner, batch, engine=engine, run=run)
+            wrong = mismatches(reference, candidate, cast_io=engine.cast_io)
+            if wrong:
+                findings.append(
+                    Failure(
+                        check="parity.outputs",
+                        error="RunError",
+                        message="; ".join(dict.fromkeys(map(str, wrong))),
+                        evidence=evidence,
+                        hint=_output_hint(recording),
+                    )
+                )
+                return None
+            for name, values in reference.items():
+                if name not in accumulators:
+                    scale = recording.outputs[name]
+                    atol, rtol = allclose_tolerances(engine, rms=scale.rms)
+                    accumulators[name] = OutputAccumulator(
+                        name,
+                        dtype=values.dtype,
+                        atol=atol,
+                        rtol=rtol,
+                        center=scale.center,
+                        batch_axis=scale.batch_axis,
+                    )
+                accumulators[name].add(values, candidate[name], first_sample=batch.first)
+            if task is not None and scores is not None:
+                if batch.labels is None:
+                    raise DataError(
+                        "[task] needs labels, and the samples have none",
+                        where=f"[data] source = {run.spec.data.source!r}",
+                    )
+                task.add(reference[scores], candidate[scores], batch.labels, first_sample=batch.first)
+                labels.append(batch.labels)
+            if kept_rows < DIAGNOSED_ROWS:
+                for name, values in reference.items():
+                    pair = kept.setdefault(name, ([], []))
+                    pair[0].append(values)
+                    pair[1].append(candidate[name])
+                kept_rows += batch.size
+            run.observer.advance()
+    outputs = tuple(each.metrics() for each in accumulators.values())
+    notes: list[str] = []
+    if engine.parity is not None:
+        parity = parity_findings(outputs, engine=engine, file=run.file, evidence=evidence)
+        findings.extend(parity)
+        if any(finding.status is not Status.PASSED for finding in parity):
+            for metrics in outputs:
+                pair = kept[metrics.output]
+                alike = len({each.shape[1:] for each in pair[0]}) == 1
+                if recording.outputs[metrics.output].batch_axis and metrics.kind == "float" and alike:
+                    notes.extend(diagnose(metrics, np.concatenate(pair[0]), np.concatenate(pair[1])))
+    counted = None
+    if task is not None:
+        counted = task.metrics()
+        if engine.task is not None:
+            findings.extend(
+                task_findings(counted, engine=engine, file=run.file, evidence=evidence, labels=np.concatenate(labels))
+            )
+    if scores is not None and any(finding.status is not Status.PASSED for finding in findings):
+        notes.extend(_worst_answer(run, engine, runner, scores, outputs))
+    return _Compared(outputs=outputs, task=counted, notes=tuple(dict.fromkeys(notes)))
+
+
+def _worst_answer(
+    run: Context, engine: EngineSpec, runner: Runner, scores: str, outputs: tuple[OutputMetrics, ...]
+) -> Iterator[str]:
+    """What reference and engine say of the worst sample, for a reader who has to look at it."""
+    worst = next((each.worst_samples[0][0] for each in outputs if each.output == scores and each.worst_samples), None)
+    if worst is None:
+        return
+    for batch, reference in run.pairs():
+        row = worst - batch.first
+        if not 0 <= row < batch.size:
+            continue
+        theirs = np.asarray(reference[scores][row], dtype=np.float64)
+        ours = np.asarray(run_batch(runner, batch, engine=engine, run=run)[scores][row], dtype=np.float64)
+        label = "" if batch.labels is None else f"label {batch.labels[row]}, "
+        margin = np.sort(theirs)[-1] - np.sort(theirs)[-2] if theirs.size > 1 else np.inf
+        answer = f"engine {int(ours.argmax())}" if np.isfinite(ours).all() else "engine NaN or Inf"
+        yield f"worst sample {worst}: {label}reference {int(theirs.argmax())} by {margin:.2g}, {answer}"
+        return
+
+
+def _output_hint(recording: Recording) -> str:
+    names = ", ".join(f'"{name}"' for name in recording.outputs)
+    return (
+        f'Re-export with output_names = [{names}], or map them: outputs = {{ {next(iter(recording.outputs))} = "…" }}.'
+    )
+
+
+def run_batch(runner: Runner, batch: Batch, *, engine: EngineSpec, run: Context) -> dict[str, Array]:
+    """The engine's outputs for a batch, under the reference's names.
+
+    A batch smaller than the profile allows is filled up with its last sample, and the outputs cut again.
+    """
+    started = time.perf_counter()
+    outputs = run_filled(runner, batch, inputs=run.spec.inputs)
+    run.seconds["inside_engines"] = run.seconds.get("inside_engines", 0.0) + time.perf_counter() - started
+    return _renamed(outputs, engine.outputs)
+
+
+def _renamed(outputs: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+    """The engine's outputs under the reference's names.
+
+    Raises:
+        RunError: An output that the spec names is not there, is named twice, or takes the name of another.
+    """
+    for ours, theirs in names.items():
+        if theirs not in outputs:
+            raise RunError(f"outputs = {{ {ours} = {theirs!r} }}: the engine has {', '.join(map(repr, outputs))}")
+    if len(set(names.values())) != len(names):
+        raise RunError(f"outputs names one output of the engine twice: {', '.join(map(repr, names.values()))}")
+    renamed = {theirs: ours for ours, theirs in names.items()}
+    given = [renamed.get(name, name) for name in outputs]
+    if twice := [name for name in dict.fromkeys(given) if given.count(name) > 1]:
+        raise RunError(
+            f"outputs maps {names[twice[0]]!r} to {twice[0]!r}, and the engine has an output {twice[0]!r} of its own"
+        )
+    return dict(zip(given, outputs.values(), strict=True))
+
+
+def _metamorphic(
+    run: Context, engine: EngineSpec, runner: Runner, evidence: Evidence, findings: list[Finding | Failure]
+) -> None:
+    from gate.tolerances import METAMORPHIC
+
+    if not applicable_checks(engine, run.spec.inputs):
+        return
+    asked = engine.metamorphic.rel_rmse
+    limit = (
+        Limit("at_most", METAMORPHIC[engine.precision], "default")
+        if asked is None
+        else Limit("at_most", asked, "spec", run.file.engine_location(engine.name, "metamorphic", "rel_rmse"))
+    )
+    with run.stage("metamorphic", engine=engine.name):
+        samples = next(run.source.batches(batch_size(run.file))).inputs
+        findings.extend(
+            metamorphic_findings(
+                runner,
+                samples,
+                engine=engine,
+                inputs=run.spec.inputs,
+                limit=limit,
+                evidence=evidence,
+                without_batch=[
+                    engine.outputs.get(name, name)
+                    for name, scale in run.recording.outputs.items()
+                    if not scale.batch_axis
+                ],
+            )
+        )
+
+
+def _latency(
+    run: Context, engine: EngineSpec, runner: Runner, result: EngineResult, *, findings: list[Finding | Failure]
+) -> EngineResult:
+    from gate.latency import latency_findings, samples_needed, summarise
+    from gate.timing import sample
+
+    asked = engine.latency or LatencySpec()
+    evidence = result.evidence or Evidence.PREFLIGHT
+    count = asked.samples or samples_needed(asked)
+    with run.stage("latency", engine=engine.name, total=count):
+        try:
+            batch = next(run.source.batches(asked.batch))
+            rows = np.arange(asked.batch) % batch.size
+            feed = {name: np.ascontiguousarray(values[rows]) for name, values in batch.inputs.items()}
+            raw = sample(
+                runner.timed(feed),
+                samples=count,
+                warm_up_s=asked.warm_up_s,
+                max_time_s=asked.max_time_s,
+                observer=run.observer,
+            )
+            metrics = summarise(
+                raw.durations_ns,
+                batch=asked.batch,
+                sessions=1,
+                warm_up=raw.warm_up,
+                clock=raw.clock,
+                timed="host_wall",
+            )
+            findings.extend(latency_findings(metrics, engine=engine, file=run.file, evidence=evidence))
+        except GateError as err:
+            findings.append(_failure("latency", err, evidence))
+            return result
+    return msgspec.structs.replace(result, latency=metrics)
+
+
+def _against_baseline(
+    run: Context,
+    engine: EngineSpec,
+    result: EngineResult,
+    evidence: Evidence,
+    findings: list[Finding | Failure],
+) -> EngineResult:
+    from gate.baseline import check_against_baseline
+
+    compared = check_against_baseline(
+        result,
+        engine=engine,
+        file=run.file,
+        root=run.options.baselines,
+        samples=len(run.source),
+        data_sha256=run.digest.data_sha256,
+        evidence=evidence,
+    )
+    findings.extend(compared.findings)
+    return msgspec.structs.replace(result, baseline_sha256=compared.sha256)

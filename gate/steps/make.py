@@ -1,0 +1,267 @@
+"""From the reference to an engine's file: export, lower, build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from gate.engines.interface import Backend, BuildRecord
+from gate.errors import BuildError
+from gate.manifest import sha256_hex
+from gate.reference import batch_size, file_digest, onnx_digest, recorded_graph
+from gate.spec import EngineSpec, SpecFile
+from gate.steps.context import Context, Exported
+from gate.tensors import Array
+from gate.verdict import Evidence
+
+if TYPE_CHECKING:
+    from gate.cache import Entry
+
+
+def exported_graph(run: Context) -> Exported:
+    """The model as FP32 ONNX: exported once and compared with PyTorch before anything else is blamed."""
+    if run.graph is None:
+        with run.stage("export"):
+            run.graph = _export(run)
+    return run.graph
+
+
+def _export(run: Context) -> Exported:
+    """The FP32 ONNX of the reference: the team's own file, a recording's, or the gate's export from PyTorch."""
+    spec, file = run.spec, run.file
+    if run.options.reference is not None:
+        graph = recorded_graph(run.options.reference, "fp32")
+        return Exported(graph.path, onnx_digest(graph.path), graph.opset, reused=True)
+    if spec.model.onnx is not None:
+        path = file.folder / spec.model.onnx
+        return Exported(path, onnx_digest(path), _opset(path), reused=False)
+    from gate.export import exporter_version, onnx_from_torch, verify_export
+
+    key = run.cache.entry_key(
+        model=run.identity.sha256,
+        inputs={name: msgspec.to_builtins(each) for name, each in spec.inputs.items()},
+        opset=spec.model.opset,
+        exporter=list(spec.model.exporter),
+        names=list(spec.model.output_names),
+        simplify=spec.model.simplify,
+        tools=exporter_version(),
+    )
+    entry = run.cache.get("export", key)
+    reused = entry is not None
+    if entry is None:
+        meta: dict[str, object] = {}
+
+        def make(folder: Path) -> None:
+            path = folder / "model.onnx"
+            feeds = _export_feeds(run)
+            made = onnx_from_torch(run.model.module, spec=spec, out=path, feeds=feeds)
+            verify_export(path, run.model.module, spec=spec, feeds=feeds)
+            meta.update(msgspec.to_builtins(made))
+
+        entry = run.cache.put("export", key, make, meta)
+    path = entry.path("model.onnx")
+    return Exported(path, graph_digest(entry), int(entry.meta["opset"]), reused=reused)
+
+
+def _export_feeds(run: Context) -> tuple[dict[str, Array], ...]:
+    """Sample inputs at the smallest batch and at the gate's own: real data, taken cyclically where it is short."""
+    batch = next(run.source.batches(batch_size(run.file)))
+    first = next(iter(run.spec.inputs.values()))
+    sizes = {first.sized("min")[0], first.sized("opt")[0], min(first.sized("max")[0], batch_size(run.file))}
+    return tuple(
+        {name: np.ascontiguousarray(values[np.arange(size) % len(values)]) for name, values in batch.inputs.items()}
+        for size in sorted(sizes)
+    )
+
+
+def graph_digest(entry: Entry) -> str:
+    """sha256 of a cached graph: of the file, or of it and the external data beside it, which holds the weights."""
+    digests = {name: each.sha256 for name, each in entry.files.items()}
+    return digests["model.onnx"] if len(digests) == 1 else sha256_hex(repr(sorted(digests.items())).encode())
+
+
+def _opset(path: Path) -> int:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    return max((each.version for each in graph.opset_import if each.domain in ("", "ai.onnx")), default=0)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An engine's file and how it came about."""
+
+    path: Path
+    sha256: str
+    build: BuildRecord
+    opset: int | None
+    calibration_sha256: str | None
+    reused: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def make_engine(run: Context, engine: EngineSpec, backend: Backend) -> Made:
+    """The engine's file: lowered and built, or the team's own."""
+    if engine.plan is not None:
+        path = run.file.folder / engine.plan
+        _require_file(path, run, engine, "plan")
+        if engine.backend == "onnxruntime":
+            onnx_digest(path)  # refuses what is no ONNX file
+            return Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), _opset(path), None, ())
+        note = f"precision {engine.precision} is what the spec says of this plan; its layers were not listed"
+        return Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), None, None, (), (note,))
+    reused: list[str] = []
+    calibration_sha256: str | None = None
+    notes: tuple[str, ...] = ()
+    if engine.onnx is not None:
+        path = run.file.folder / engine.onnx
+        _require_file(path, run, engine, "onnx")
+        lowered_path, lowered_sha256, opset = path, onnx_digest(path), _opset(path)
+    else:
+        exported = exported_graph(run)
+        if exported.reused:
+            reused.append("export")
+        lowered = lowered_graph(run, engine.precision, exported)
+        if lowered.reused:
+            reused.append("lowered")
+        lowered_path, lowered_sha256, opset = lowered.path, lowered.sha256, lowered.opset
+        calibration_sha256, notes = lowered.calibration_sha256, lowered.notes
+    with run.stage("build", engine=engine.name):
+        key = run.cache.entry_key(
+            lowered=lowered_sha256,
+            backend=engine.backend,
+            version=backend.version(),
+            precision=engine.precision,
+            options=msgspec.to_builtins(engine.options),
+            inputs={name: msgspec.to_builtins(each) for name, each in run.spec.inputs.items()},
+            cast_io=engine.cast_io,
+            device=_device_key(backend),
+        )
+        entry: Entry | None = run.cache.get("engine", key)
+        if entry is not None:
+            reused.append("engine")
+        else:
+            meta: dict[str, object] = {}
+
+            def make(folder: Path) -> None:
+                record = backend.build(
+                    onnx=lowered_path, out=folder / backend.file_name(), spec=run.spec, engine=engine
+                )
+                meta["build"] = msgspec.to_builtins(record)
+
+            entry = run.cache.put("engine", key, make, meta)
+        record = msgspec.convert(entry.meta["build"], BuildRecord)
+    name = backend.file_name()
+    return Made(
+        path=entry.path(name),
+        sha256=entry.sha256(name),
+        build=record,
+        opset=opset,
+        calibration_sha256=calibration_sha256,
+        reused=tuple(reused),
+        notes=notes,
+    )
+
+
+def _device_key(backend: Backend) -> str:
+    """What a compiled engine depends on beside its inputs: the GPU where there is one."""
+    from gate.device import fingerprint
+
+    if backend.runs_here() is not Evidence.DEVICE:
+        return "host"
+    device = fingerprint(for_gpu=True)
+    return f"{device.name} {device.compute_capability} {device.driver}"
+
+
+def _require_file(path: Path, run: Context, engine: EngineSpec, key: str) -> None:
+    if not path.is_file():
+        raise BuildError(f"there is no {path}", where=run.file.engine_location(engine.name, key))
+
+
+def backend_record_of_plan(backend: Backend, engine: EngineSpec, run: Context) -> BuildRecord:
+    """What is known of a plan that the gate did not build: what the spec says of it."""
+    record = BuildRecord(
+        backend=engine.backend,
+        backend_version=backend.version(),
+        precision=engine.precision,
+        options={},
+        profile=profile_of(run.file),
+        layers_source="not listed: the plan was not built here",
+    )
+    if engine.plan is None or engine.backend != "onnxruntime":
+        return record
+    import onnx
+
+    from gate.engines.graph import layers_of
+
+    graph = onnx.load(run.file.folder / engine.plan, load_external_data=False)
+    return msgspec.structs.replace(record, layers=layers_of(graph), layers_source="graph")
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """The exported graph in an engine's precision."""
+
+    path: Path
+    sha256: str
+    opset: int
+    calibration_sha256: str | None
+    reused: bool
+    notes: tuple[str, ...] = ()
+
+
+def lowered_graph(run: Context, precision: str, exported: Exported) -> _Lowered:
+    """The exported graph in a precision: from the recording, from the cache, or made now."""
+    if run.options.reference is not None:
+        graph = recorded_graph(run.options.reference, precision)
+        return _Lowered(graph.path, onnx_digest(graph.path), graph.opset, graph.calibration_sha256, reused=True)
+    from gate.lower import lower, tool_version
+
+    calibration_sha256: str | None = None
+    with run.stage("lower", engine=precision):
+        calibrated = precision == "int8"
+        if calibrated:
+            calibration_sha256 = run.calibration()[1].inputs_sha256
+        key = run.cache.entry_key(
+            onnx=exported.sha256,
+            precision=precision,
+            calibration=calibration_sha256,
+            batch=batch_size(run.file) if calibrated else None,
+            tool=tool_version(precision),
+        )
+        entry = run.cache.get("lowered", key)
+        reused = entry is not None
+        if entry is None:
+            meta: dict[str, object] = {}
+
+            def make(folder: Path) -> None:
+                batches = (
+                    (batch.inputs for batch in run.calibration()[0].batches(batch_size(run.file)))
+                    if calibrated
+                    else None
+                )
+                path = folder / "model.onnx"
+                record = lower(exported.path, precision=precision, out=path, calibration=batches)
+                meta.update(msgspec.to_builtins(record))
+                meta["opset"] = _opset(path)
+
+            entry = run.cache.put("lowered", key, make, meta)
+    return _Lowered(
+        path=entry.path("model.onnx"),
+        sha256=graph_digest(entry),
+        opset=int(entry.meta["opset"]),
+        calibration_sha256=calibration_sha256,
+        reused=reused,
+    )
+
+
+def profile_of(file: SpecFile) -> dict[str, dict[str, list[int]]]:
+    """Per input its min, opt and max shapes."""
+    return {
+        name: {"min": list(each.sized("min")), "opt": list(each.sized("opt")), "max": list(each.sized("max"))}
+        for name, each in file.spec.inputs.items()
+    }
