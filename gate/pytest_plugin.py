@@ -42,16 +42,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the runs of this session."""
+    """Keep the runs of this session.
+
+    Raises:
+        UsageError: A folder that was asked for is a file.
+    """
+    for option in ("gate_report", "gate_cache", "gate_baselines"):
+        given = config.getoption(option)
+        if given and (config.invocation_params.dir / given).is_file():
+            raise pytest.UsageError(f"--{option.replace('_', '-')}: {given} is not a folder")
     config.stash[_RUNS] = Runs(config)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """Collect `gate.toml` and `*.gate.toml`."""
-    if file_path.name == "gate.toml" or file_path.name.endswith(".gate.toml"):
+    """Collect `gate.toml` and `*.gate.toml`, apart from the record of a spec in a sealed bundle."""
+    if (file_path.name == "gate.toml" or file_path.name.endswith(".gate.toml")) and not _is_sealed(file_path):
         collector: pytest.Collector = SpecCollector.from_parent(parent, path=file_path)
         return collector
     return None
+
+
+def _is_sealed(path: Path) -> bool:
+    return path.parent.name == "policy" and (path.parents[1] / "seals" / "manifest.json").exists()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -129,10 +141,15 @@ class Gate:
         """
         from gate.spec import read_spec
 
+        __tracebackhide__ = True
         given = Path(path)
         from_root = self._config.rootpath / given
-        file = read_spec(from_root if not given.exists() and from_root.exists() else given)
-        return self._config.stash[_RUNS].check(file, () if engine is None else (engine,))
+        try:
+            file = read_spec(from_root if not given.exists() and from_root.exists() else given)
+            return self._config.stash[_RUNS].check(file, () if engine is None else (engine,))
+        except GateError as err:
+            # Its message says what to do; where in the gate it was raised does not.
+            raise err.with_traceback(None) from None
 
 
 class Runs:
@@ -443,7 +460,10 @@ def judge(result: EngineResult, name: str, names: tuple[str, ...]) -> Judgement:
         lines.append(f"    {anchor(finding.check)}")
     lines += [f"    {note}" for note in result.notes]
     inconclusive = bool(own) and all(finding.status is Status.INCONCLUSIVE for finding in wrong)
-    return Judgement("INCONCLUSIVE" if inconclusive else "FAILED", lines, sentences)
+    status = "INCONCLUSIVE" if inconclusive else "FAILED"
+    # pytest's summary shows the beginning of the first line, after the status and the engine's name.
+    lines[0] = lines[0].removeprefix(f"{status}  {result.name}  ")
+    return Judgement(status, lines, sentences)
 
 
 def _asked_engines(config: pytest.Config) -> frozenset[str]:

@@ -13,6 +13,7 @@ import msgspec
 
 from gate.results import NOT_STORED, CheckRun
 from gate.spec import GateSpec
+from gate.wording import anchor
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SPEC_ID = "urn:trt-gate:schema:gate:1"
@@ -20,6 +21,8 @@ REPORT_ID = "urn:trt-gate:schema:report:1"
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
 KINDS = ("spec", "report", "metadata", "baseline")
 
+_LIMITS = {"ParityLimits": "parity", "ParitySpec": "parity", "TaskLimits": "task", "MemorySpec": "memory"}
+"""Tables whose keys are limits on the check of that group."""
 _STATUSES = ["PASSED", "FAILED", "INCONCLUSIVE"]
 _WITH_STATUS = ("CheckRun", "EngineResult", "Verdict", "Finding", "Failure")
 
@@ -48,6 +51,9 @@ def spec_schema() -> dict[str, Any]:
         for key, text in documented.get(name, {}).items():
             if key in definition.get("properties", {}):
                 definition["properties"][key]["description"] = text
+    for name, group in _LIMITS.items():
+        for key, limit in definitions[name]["properties"].items():
+            limit.setdefault("description", f"A limit; what it measures: {anchor(f'{group}.{_measured(key)}')}")
     model, given = definitions["ModelSpec"], definitions["InputSpec"]
     model["oneOf"] = [{"required": [key]} for key in ("factory", "onnx", "outputs")]
     axes = given["properties"].pop("axes")
@@ -151,6 +157,11 @@ def _documented(struct: type[msgspec.Struct]) -> dict[str, str]:
                 text = " ".join(match[2].split())
                 found.update(dict.fromkeys((name.strip() for name in match[1].split(",")), text))
     return found
+
+
+def _measured(key: str) -> str:
+    """The check that a limit is for: `top1_drop_at_most_pp` is of `top1_drop_pp`."""
+    return key.replace("_drop_at_most_pp", "_drop_pp").removesuffix("_at_least")
 
 
 def _first_line(doc: str) -> str:

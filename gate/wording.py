@@ -40,6 +40,11 @@ def limit_number(value: float) -> str:
     return next(exact, number(value, digits=4))
 
 
+def milliseconds(value: float) -> str:
+    """A duration as a number of ms, without an exponent down to 0.1 µs: `0.0079`."""
+    return f"{value:.4f}" if 1e-4 <= value < 1e-2 else number(value)
+
+
 def with_unit(text: str, unit: str) -> str:
     """`0.12 pp`; a ratio has no unit."""
     return f"{text} {unit}" if unit else text

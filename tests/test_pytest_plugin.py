@@ -73,9 +73,7 @@ def test_a_failed_check_prints_its_finding_and_no_traceback(project):
     tiny.write(project.path, tiny.FAILING)
     result = project.runpytest()
     result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(
-        ["FAILED  ort  parity.sqnr_db: * dB < 900 dB (gate.toml:22)", "*docs/findings.md#parity-sqnr_db"]
-    )
+    result.stdout.fnmatch_lines(["parity.sqnr_db: * dB < 900 dB (gate.toml:22)", "*docs/findings.md#parity-sqnr_db"])
     result.stdout.no_fnmatch_line("*Traceback*")
     result.stdout.no_fnmatch_line("*pytest_plugin.py*")
 
@@ -88,7 +86,7 @@ def test_an_inconclusive_check_does_not_pass_and_says_what_it_needs(project):
     result.stdout.fnmatch_lines(
         [
             "gate.toml::ort::latency.p99_ms INCONCLUSIVE*",
-            "INCONCLUSIVE  ort  latency.p99_ms: *",
+            "latency.p99_ms: *",
             "*p99 needs at least 459 samples, has 20*",
         ]
     )
@@ -98,9 +96,7 @@ def test_an_engine_that_cannot_be_built_fails_all_its_checks(project):
     tiny.write(project.path, tiny.BROKEN)
     result = project.runpytest()
     result.assert_outcomes(failed=3)
-    result.stdout.fnmatch_lines(
-        ["FAILED  ort  build: *there is no *missing.onnx", "FAILED  ort  parity: not reached: build: *"]
-    )
+    result.stdout.fnmatch_lines(["build: *there is no *missing.onnx", "parity: not reached: build: *"])
 
 
 def test_an_optional_engine_that_cannot_run_is_skipped_with_the_reason(project):
@@ -184,7 +180,7 @@ def test_junit_xml_holds_the_finding(project):
     project.runpytest("--junitxml", "junit.xml")
     root = ET.parse(project.path / "junit.xml").getroot()
     (failure,) = root.iter("failure")
-    assert failure.attrib["message"].startswith("FAILED  ort  parity.sqnr_db")
+    assert failure.attrib["message"].startswith("parity.sqnr_db")
     properties = {each.attrib["name"]: each.attrib["value"] for each in root.iter("property")}
     assert properties["gate.parity.rel_rmse"].startswith("parity.rel_rmse: ")
     assert {each.attrib["value"] for each in root.iter("property") if each.attrib["name"] == "gate.status"} == {
@@ -264,3 +260,36 @@ def test_a_failure_that_belongs_to_no_test_fails_the_first():
 def test_a_failed_and_an_inconclusive_finding_are_a_failure():
     result = runs.engine("ort", runs.finding(), runs.finding("parity.top1_agreement", 0.5, 0.4, interval=(0.3, 0.6)))
     assert judge(result, "parity", ("parity",)).status == "FAILED"
+
+
+def test_the_spec_in_a_sealed_bundle_is_not_a_test(project):
+    bundle = project.path / "bundles" / "tiny"
+    for name in ("policy/gate.toml", "seals/manifest.json"):
+        (bundle / name).parent.mkdir(parents=True)
+        (bundle / name).write_text(tiny.SPEC if name.endswith("toml") else "{}")
+    result = project.runpytest("--collect-only", "-q")
+    assert {line.partition("::")[0] for line in result.outlines if "::" in line} == {"gate.toml"}
+
+
+def test_an_error_in_a_hand_written_test_is_told_without_the_inside_of_the_gate(project):
+    project.makepyfile(
+        """
+        def test_it(gate):
+            gate.check("gate.toml", engine="orf")
+        """
+    )
+    result = project.runpytest(*project.path.glob("test_*.py"))
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*SpecError: gate.toml: there is no engine 'orf'*"])
+    result.stdout.no_fnmatch_line("*pipeline.py*")
+
+
+def test_the_summary_line_holds_the_number(project):
+    tiny.write(project.path, tiny.FAILING)
+    project.runpytest().stdout.fnmatch_lines(["FAILED gate.toml::ort::parity - parity.sqnr_db: *"])
+
+
+def test_a_report_folder_that_is_a_file_is_a_usage_error(project):
+    result = project.runpytest("--gate-report", "gate.toml")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--gate-report: gate.toml is not a folder*"])

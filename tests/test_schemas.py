@@ -48,4 +48,8 @@ def test_a_key_that_does_not_exist_is_invalid():
 def test_each_key_is_described_for_the_editor():
     table = spec_schema()["$defs"]["ModelSpec"]["properties"]
     assert table["weights"]["description"].startswith("The files that the factory reads its weights from")
+    limits = spec_schema()["$defs"]
+    assert limits["TaskLimits"]["properties"]["top1_drop_at_most_pp"]["description"].endswith("#task-top1_drop_pp")
+    for name in ("ParitySpec", "ParityLimits", "TaskLimits", "MemorySpec", "LatencySpec"):
+        assert [key for key, each in limits[name]["properties"].items() if not each.get("description")] == []
     assert "null" not in str(spec_schema())

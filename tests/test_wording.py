@@ -1,13 +1,27 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gate.spec import ParityLimits
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status
-from gate.wording import advice, anchor, belongs, finding_sentence, limit_number, number, observed_and_limit, size_text
+from gate.wording import (
+    FINDINGS_PAGE,
+    advice,
+    anchor,
+    belongs,
+    finding_sentence,
+    limit_number,
+    milliseconds,
+    number,
+    observed_and_limit,
+    size_text,
+)
 
 
 def finding(estimate, limit, *, kind="at_most", lower=None, upper=None, n=5, unit="", **more):
@@ -99,3 +113,29 @@ def test_every_check_has_its_page():
 
 def test_sizes_have_units():
     assert [size_text(size) for size in (None, 12, 87040, 5 * 2**20)] == ["-", "12 B", "85 KiB", "5.0 MiB"]
+
+
+def test_a_short_time_has_no_exponent():
+    assert milliseconds(0.00789) == "0.0079"
+    assert milliseconds(0.34) == "0.34"
+
+
+def _slugs(page):
+    """The anchors of a page. Source: GitHub's rule: lower case, spaces to hyphens, other punctuation dropped."""
+    headings = [line.lstrip("#").strip() for line in page.splitlines() if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_check_that_the_gate_names_has_a_heading():
+    root = Path(__file__).parents[1]
+    slugs = _slugs((root / FINDINGS_PAGE).read_text())
+    source = "".join(path.read_text() for path in sorted((root / "gate").rglob("*.py")))
+    groups = "build|run|parity|metamorphic|task|latency|memory|baseline"
+    named = set(re.findall(rf"_failure\(\s*\"((?:{groups})[a-z0-9_.]*)\"", source))
+    named |= set(re.findall(rf"check=f?\"((?:{groups})[a-z0-9_.]*)[\"\[{{]", source))
+    named |= {f"parity.{name.removesuffix('_at_least')}" for name in ParityLimits.__struct_fields__}
+    assert len(named) > 15
+    known = {name for name in named if not name.endswith(".")}
+    assert {name for name in known if anchor(name).partition("#")[2] not in slugs} == set()
+    linked = set(re.findall(r"docs/findings\.md#([a-z0-9_-]*[a-z0-9])(?![a-z0-9_{-])", source))
+    assert linked <= slugs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gate.author import ACCEPTED_BY, author
 from gate.cli import COMMANDS
 from gate.cli.check import LATEST, RUNS
-from gate.errors import BaselineError, ExitCode, MeasurementError
+from gate.errors import BaselineError, ExitCode, MeasurementError, SpecError
 
 if TYPE_CHECKING:
     from gate.baseline import Baseline, Change
@@ -147,6 +147,7 @@ def report_paths(given: Path | None) -> tuple[Path, ...]:
     """The report.json files of a run: the file itself, or those in its folder; left out: of the newest run.
 
     Raises:
+        SpecError: What was given does not exist.
         MeasurementError: There is none.
     """
     folder = given
@@ -156,6 +157,8 @@ def report_paths(given: Path | None) -> tuple[Path, ...]:
             folder = RUNS / (RUNS / LATEST).read_text(encoding="utf-8").strip()
         except OSError:
             raise MeasurementError(f"there is no run in {RUNS}", hint=hint) from None
+    if not folder.exists():
+        raise SpecError("there is no such report or folder of one", where=str(folder), hint=hint)
     if not folder.is_dir():
         return (folder,)
     found = tuple(sorted({*folder.glob("report.json"), *folder.glob("*/report.json")}))
@@ -170,8 +173,11 @@ def _baseline_paths(what: str | None, root: Path) -> tuple[Path, ...]:
     folder = root if what is None else root / what
     found = tuple(sorted(folder.rglob("*.json")))
     if not found:
-        cases = ", ".join(sorted(each.name for each in root.glob("*") if each.is_dir())) or "none"
-        raise BaselineError(f"there is no baseline in {folder}; cases: {cases}")
+        cases = ", ".join(sorted(each.name for each in root.glob("*") if each.is_dir()))
+        hint = (
+            f"There are baselines of {cases}." if cases else 'Accept one from a run: gate baseline accept --reason "…"'
+        )
+        raise BaselineError(f"there is no baseline in {folder}", hint=hint)
     return found
 
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gate.cli import COMMANDS
-from gate.errors import ExitCode, GateError
+from gate.errors import ExitCode, GateError, SpecError
 
 if TYPE_CHECKING:
     from gate.pipeline import CheckOptions, Sealed
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RUNS = Path(".gate/runs")
 LATEST = "latest"
+ANOTHER = "name another folder"
 
 _SEVERITY = (
     ExitCode.PASSED,
@@ -104,6 +105,8 @@ def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
     for file in files:
         for name in args.engine:
             file.engine(name)
+    require_folder(args.report, "--report")
+    require_folder(seal_to, "the folder for bundles")
     reports = Reports(args.report, files)
     codes: list[ExitCode] = []
     sealed: list[str] = []
@@ -112,17 +115,49 @@ def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
         options = CheckOptions(
             engines=tuple(args.engine), cache=Path(cache), baselines=args.baselines, reference=args.reference
         )
-        for file in files:
+        for index, file in enumerate(files):
+            if index and not args.json:
+                print()
             try:
                 code, names = _check_one(file, options, args, reports=reports, seal_to=seal_to)
                 sealed += names
             except GateError as err:
+                _tell_github_error(file, err)
                 if len(files) == 1:
                     raise
                 print(f"{file.path}: {err}" if str(file.path) not in str(err) else str(err), file=sys.stderr)
                 code = err.exit_code
             codes.append(code)
+    if len(files) > 1 and not args.json:
+        print(f"\n{_specs_line(codes)}")
     return Outcome(worst(codes), tuple(sealed))
+
+
+def _specs_line(codes: Sequence[ExitCode]) -> str:
+    """`3 specs: 1 failed, 2 passed          exit 1 (failed)`."""
+    counts = ((code, codes.count(code)) for code in reversed(_SEVERITY))
+    found = ", ".join(
+        f"{count} {'error in use or spec' if code is ExitCode.USAGE else code.name.lower()}"
+        for code, count in counts
+        if count
+    )
+    code = worst(codes)
+    return f"{len(codes)} specs: {found}          exit {int(code)} ({code.name.lower()})"
+
+
+def require_folder(path: Path | None, what: str) -> None:
+    """Refuse a place for results that is taken, before anything is computed.
+
+    Raises:
+        SpecError: It, or what should hold it, is a file.
+    """
+    if path is None:
+        return
+    for each in (path, *path.parents):
+        if each.is_symlink() or each.exists():
+            if not each.is_dir():
+                raise SpecError("is not a folder", where=f"{what} {each}", hint=ANOTHER)
+            return
 
 
 def worst(codes: Sequence[ExitCode]) -> ExitCode:
@@ -144,12 +179,19 @@ def _check_one(
 
     with progress() as observer:
         checked = pipeline.check(file, options, observer)
-    path = reports.write(checked)
-    if args.json:
-        sys.stdout.write(json_bytes(checked, pretty=False).decode())
-    else:
-        show(render(checked, report=str(path), verbose=args.verbose, width=terminal_width(sys.stdout)), sys.stdout)
-    sys.stdout.flush()
+    path: Path | None = None
+    try:
+        path = reports.write(checked)
+    finally:
+        # The verdict is shown even where its report cannot be written.
+        if args.json:
+            sys.stdout.write(json_bytes(checked, pretty=False).decode())
+        else:
+            width = terminal_width(sys.stdout)
+            written = None if path is None else str(path)
+            screen = render(checked, report=written, verbose=args.verbose, width=width, exit_line=path is not None)
+            show(screen, sys.stdout)
+        sys.stdout.flush()
     _tell_github(checked)
     names: list[str] = []
     if seal_to is not None:
@@ -164,7 +206,14 @@ def _check_one(
 def _sealed_line(sealed: Sealed) -> str:
     if sealed.path is None:
         return f"not sealed  {sealed.engine}  {sealed.reason}"
-    return f"sealed      {sealed.engine}  {sealed.path}   verify it: gate verify {sealed.path}"
+    return f"sealed      {sealed.engine}  {sealed.path}   verify it: gate verify {pasted(sealed.path)}"
+
+
+def pasted(path: Path) -> str:
+    """A path as it stands in a command that can be pasted."""
+    import shlex
+
+    return shlex.quote(str(path))
 
 
 def _tell_github(checked: CheckRun) -> None:
@@ -181,6 +230,14 @@ def _tell_github(checked: CheckRun) -> None:
                 stream.write(markdown(checked) + "\n")
         except OSError as err:
             print(f"GITHUB_STEP_SUMMARY {summary} cannot be written: {err.strerror}", file=sys.stderr)
+
+
+def _tell_github_error(file: SpecFile, err: GateError) -> None:
+    """In GitHub Actions: what kept a spec from a verdict, beside the line that is at fault."""
+    from gate.report.markdown import github_error
+
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        print(github_error(err, spec=str(file.path)), file=sys.stderr)
 
 
 class Reports:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gate.cli import COMMANDS
-from gate.errors import ExitCode, SpecError
+from gate.cli.check import pasted
+from gate.errors import ExitCode, RunError, SpecError
 
 DEFAULT_AXIS = (1, 8, 32)
 _EXAMPLE = "--input image:float32:batch,3,224,224"
@@ -61,8 +62,7 @@ def run(args: argparse.Namespace) -> ExitCode:
     """Read the model and write the spec.
 
     Raises:
-        SpecError: The file exists already, the model cannot be read, or its shapes are not known.
-        RunError: The model cannot be run.
+        SpecError: The file exists already, the model cannot be read or run, or its shapes are not known.
     """
     from gate.atomic import write_bytes
     from gate.spec import spec_from_text
@@ -78,14 +78,20 @@ def run(args: argparse.Namespace) -> ExitCode:
     elif ":" in args.model:
         model = _from_factory(args.model, given, out)
     else:
-        raise SpecError(f"expected module:function or a .onnx file, got {args.model!r}")
+        module = Path(args.model)
+        raise SpecError(
+            f"expected module:function or a .onnx file, got {args.model!r}",
+            hint=f"name the function that returns the model: gate init {module.stem}:load"
+            if module.suffix == ".py"
+            else None,
+        )
     model_id = args.id or _id_from(args.model)
     text = spec_text(model, model_id)
     spec_from_text(text, path=out)
     write_bytes(out, text.encode())
     shapes = "; ".join(f"{each.name} {each.dtype} [{', '.join(map(str, each.shape))}]" for each in model.inputs)
     print(f"wrote {out}: inputs {shapes}; outputs {', '.join(model.outputs)}")
-    print(f"next: fill in [data], then: gate check {out}")
+    print(f"next: fill in [data], then: gate check {pasted(out)}")
     return ExitCode.PASSED
 
 
@@ -181,16 +187,24 @@ def _from_factory(name: str, given: tuple[Tensor, ...], out: Path) -> Model:
     folder = out.resolve().parent
     module = load_callable(name, folder, where=where)()
     require_module(module, error=SpecError, where=where)
-    inputs = given or _inputs_of(module, torch, where=where)
+    inputs = given or _inputs_of(module, torch, factory=name)
     draft = Model("factory", name, inputs, (), None)
     spec = spec_from_text(spec_text(draft, "draft"), path=out).spec
     zeros = {each: np.zeros(table.sized("opt"), table.dtype) for each, table in spec.inputs.items()}
-    with TorchRunner(module, spec=spec) as runner:
-        outputs = tuple(runner.run(zeros))
+    try:
+        with TorchRunner(module, spec=spec) as runner:
+            outputs = tuple(runner.run(zeros))
+    except RunError as err:
+        tried = "; ".join(f"{each} {values.dtype} {list(values.shape)}" for each, values in zeros.items())
+        raise SpecError(
+            f"{err.message}\nit was tried with zeros: {tried}",
+            where=where,
+            hint=f"Give each input as the model takes it: gate init {name} {_EXAMPLE}",
+        ) from err
     return Model("factory", name, inputs, outputs, None)
 
 
-def _inputs_of(module: Any, torch: Any, *, where: str) -> tuple[Tensor, ...]:
+def _inputs_of(module: Any, torch: Any, *, factory: str) -> tuple[Tensor, ...]:
     """The inputs that a module tells of itself: its example, or the width of the one linear layer it begins with.
 
     Raises:
@@ -211,11 +225,11 @@ def _inputs_of(module: Any, torch: Any, *, where: str) -> tuple[Tensor, ...]:
     layers = [each for each in module.modules() if not list(each.children())]
     if layers and isinstance(layers[0], torch.nn.Linear) and len(names) == 1:
         return (Tensor(names[0], "float32", ("batch", layers[0].in_features)),)
-    needed = " ".join(f"--input {each}:float32:batch,…" for each in names)
+    needed = " ".join(f"--input {each}:float32:batch,3,224,224" for each in names)
     raise SpecError(
         f"the shapes of its inputs are not known; its forward takes {', '.join(names)}",
-        where=where,
-        hint=f"Give each: gate init … {needed}   (for example {_EXAMPLE})",
+        where=f"factory {factory!r}",
+        hint=f"Give each, with its own dtype and shape: gate init {factory} {needed}",
     )
 
 
@@ -256,6 +270,7 @@ def spec_text(model: Model, model_id: str) -> str:
     lines += [
         "[data]",
         'source = "data:evaluation"   # a function in data.py: gate.Samples, a dict of arrays, or a dataset; or an npz file',
+        f"                             # its arrays: {', '.join(each.name for each in model.inputs)}, and labels for a [task]",
         "samples = 1000               # how many there must be: fewer is an error",
         '# calibration = "data:calibration"   # for int8; none of these may be an evaluation sample',
         "",

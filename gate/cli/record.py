@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gate.cli import COMMANDS
-from gate.errors import ExitCode
+from gate.cli.check import ANOTHER, pasted, require_folder
+from gate.errors import ExitCode, SpecError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> ExitCode:
     """Record.
 
     Raises:
+        SpecError: What stands at `--out` is no recording, so it is not replaced.
         GateError: As `gate.pipeline.record`.
     """
     from gate import pipeline
@@ -37,7 +39,10 @@ def run(args: argparse.Namespace) -> ExitCode:
     from gate.spec import read_spec
 
     file = read_spec(args.spec)
+    require_folder(args.out, "--out")
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "recording.json").is_file():
+        raise SpecError("holds other files, which a recording would replace", where=f"--out {args.out}", hint=ANOTHER)
     with progress() as observer:
         out = pipeline.record(file, args.out, pipeline.CheckOptions(cache=args.cache), observer)
-    print(f"recorded {file.spec.model.id} in {out}; use it: gate check {args.spec} --reference {out}")
+    print(f"recorded {file.spec.model.id} in {out}; use it: gate check {pasted(args.spec)} --reference {pasted(out)}")
     return ExitCode.PASSED

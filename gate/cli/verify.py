@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gate.cli import COMMANDS
+from gate.cli.check import pasted
 from gate.errors import BundleError, ExitCode
 
 if TYPE_CHECKING:
@@ -65,8 +66,24 @@ def run(args: argparse.Namespace) -> ExitCode:
     if refused is None:
         return ExitCode.PASSED
     sys.stdout.flush()
-    print(f"REFUSED  {args.bundle}: {refused}", file=sys.stderr)
+    said = str(refused)
+    print(f"REFUSED  {said if said.startswith(str(args.bundle)) else f'{args.bundle}: {said}'}", file=sys.stderr)
+    if below := bundles_below(args.bundle):
+        print(
+            "\n".join(["it holds bundles; verify each:", *(f"  gate verify {pasted(path)}" for path in below)]),
+            file=sys.stderr,
+        )
     return ExitCode.REFUSED
+
+
+def bundles_below(folder: Path) -> tuple[Path, ...]:
+    """The bundles in a folder that is none itself, such as the one that `gate seal` was given."""
+    from gate.store import MANIFEST_PATH
+
+    if (folder / MANIFEST_PATH).exists():
+        return ()
+    found = {*folder.glob(f"*/{MANIFEST_PATH}"), *folder.glob(f"*/*/{MANIFEST_PATH}")}
+    return tuple(sorted(path.parents[1] for path in found))
 
 
 def step_line(index: int, step: Step) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from gate.errors import GateError
 from gate.report.table import HEADINGS, device_text, rows
 from gate.report.terminal import next_command
 from gate.results import CheckRun, EngineResult
@@ -17,6 +18,7 @@ from gate.wording import (
     finding_sentence,
     interval_text,
     limit_source,
+    milliseconds,
     number,
     observed_and_limit,
     status_word,
@@ -63,6 +65,13 @@ def github_annotations(run: CheckRun) -> tuple[str, ...]:
     return tuple(found)
 
 
+def github_error(err: GateError, *, spec: str) -> str:
+    """The same for an error that kept a spec from a verdict."""
+    match = _LOCATION.fullmatch(err.where or "")
+    file, line = (match["file"], match["line"]) if match else (spec, "1")
+    return f"::error file={_property(file)},line={line},title={_property(f'gate: no verdict on {spec}')}::{_data(str(err))}"
+
+
 def _explained(result: EngineResult) -> Iterator[str]:
     yield f"**{result.status.value if result.status else ''}** `{result.name}`"
     yield ""
@@ -76,9 +85,9 @@ def _explained(result: EngineResult) -> Iterator[str]:
             yield from (f"  {line.replace('```', '` ` `')}" for line in lines)
             yield "  ```"
         else:
-            yield from (f"  {_text(line)}" for line in lines)
+            yield from (f"  - {_text(line)}" for line in lines)
         if advice(finding):
-            yield f"  {_text(' '.join(advice(finding).split()))}"
+            yield f"  - {_text(' '.join(advice(finding).split()))}"
     for note in result.notes:
         yield f"- {_text(note)}"
 
@@ -106,8 +115,9 @@ def _details(result: EngineResult) -> Iterator[str]:
         yield (
             f"Latency ({latency.timed}, batch {latency.batch}, n = {latency.n}, {latency.sessions} process"
             f"{'' if latency.sessions == 1 else 'es'}, {latency.warm_up} warm-up): "
-            f"p50 {number(latency.p50_ms)} ms, p95 {number(latency.p95_ms)} ms, p99 {number(latency.p99_ms)} ms, "
-            f"max {number(latency.max_ms)} ms, {latency.throughput:.0f} samples/s"
+            f"p50 {milliseconds(latency.p50_ms)} ms, p95 {milliseconds(latency.p95_ms)} ms, "
+            f"p99 {milliseconds(latency.p99_ms)} ms, "
+            f"max {milliseconds(latency.max_ms)} ms, {latency.throughput:.0f} samples/s"
         )
     for note in result.notes:
         yield ""

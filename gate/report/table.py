@@ -8,7 +8,7 @@ import msgspec
 
 from gate.results import CheckRun, EngineResult, Fingerprint
 from gate.verdict import Evidence
-from gate.wording import MISSING, number, size_text, status_word
+from gate.wording import MISSING, milliseconds, number, size_text, status_word
 
 HEADINGS = ("engine", "evidence", "parity", "task", "latency p50/p95", "size", "verdict")
 NOT_RUN_HERE = "not run here"
@@ -71,7 +71,7 @@ def task_text(result: EngineResult) -> str:
 def latency_text(result: EngineResult) -> str:
     """`0.21 / 0.24 ms`: p50 and p95 of one batch."""
     latency = result.latency
-    return "" if latency is None else f"{number(latency.p50_ms)} / {number(latency.p95_ms)} ms"
+    return "" if latency is None else f"{milliseconds(latency.p50_ms)} / {milliseconds(latency.p95_ms)} ms"
 
 
 def device_text(device: Fingerprint) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -57,9 +58,17 @@ def exit_code_of(status: Status) -> ExitCode:
 
 
 def next_command(run: CheckRun) -> str | None:
-    """The command that looks closer at the first engine that did not pass; None where all passed."""
+    """The command that mends the first engine that did not pass, or looks closer at it; None where all passed."""
     first = _first_failing(run)
-    return None if first is None else f"gate check {_quoted(run.spec_path)} --engine {first.name} --verbose"
+    return None if first is None else _next_for(run, first)
+
+
+def _next_for(run: CheckRun, result: EngineResult) -> str:
+    hints = {advice(finding) for finding in result.failing}
+    if len(hints) == 1 and (hint := hints.pop()).startswith("gate ") and "\n" not in hint:
+        # All that is wrong has one remedy, such as accepting a first baseline.
+        return hint
+    return f"gate check {_quoted(run.spec_path)} --engine {result.name} --verbose"
 
 
 def headline(run: CheckRun) -> str:
@@ -68,7 +77,14 @@ def headline(run: CheckRun) -> str:
     return f"{run.summary}   next: {command}" if command else run.summary
 
 
-def render(run: CheckRun, *, report: str | None = None, verbose: bool = False, width: int | None = None) -> str:
+def render(
+    run: CheckRun,
+    *,
+    report: str | None = None,
+    verbose: bool = False,
+    width: int | None = None,
+    exit_line: bool = True,
+) -> str:
     """The whole screen.
 
     Args:
@@ -76,6 +92,7 @@ def render(run: CheckRun, *, report: str | None = None, verbose: bool = False, w
         report: Path of the report to name in the last line; None where none was written.
         verbose: List every finding with its limit and where that comes from.
         width: Columns of the terminal; None: as wide as it needs.
+        exit_line: End with the report and the exit code; False where the command will end with another.
     """
     lines = [
         headline(run),
@@ -97,9 +114,10 @@ def render(run: CheckRun, *, report: str | None = None, verbose: bool = False, w
             lines += ["", *_all_findings(result)]
     facts = [] if verbose else [_default_limits(run), _reused(run)]
     lines += ["", *filter(None, facts)] if any(facts) else []
-    code = _exit_code(run)
-    last = f"exit {int(code)} ({code.name.lower()})"
-    lines += ["", f"report: {report}          {last}" if report else last]
+    if exit_line:
+        code = _exit_code(run)
+        last = f"exit {int(code)} ({code.name.lower()})"
+        lines += ["", f"report: {report}          {last}" if report else last]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -150,16 +168,15 @@ def _explained(run: CheckRun, result: EngineResult) -> Iterator[str]:
         yield f"{INDENT}{line}"
     for other in others[:MOST_OTHERS]:
         yield f"{INDENT}also {other.status.value}: {finding_sentence(other, precision=result.precision)}"
+        if other.status is Status.INCONCLUSIVE:
+            yield from (f"{INDENT}    {line}" for line in failure_lines(other))
     if len(others) > MOST_OTHERS:
         yield f"{INDENT}also {len(others) - MOST_OTHERS} more; --verbose lists them"
     for note in result.notes:
         yield f"{INDENT}{note}"
-    if advice(first):
-        for line in advice(first).splitlines():
-            yield f"{INDENT}{line}"
-    yield (
-        f"{INDENT}next: gate check {_quoted(run.spec_path)} --engine {result.name} --verbose   ·   {anchor(first.check)}"
-    )
+    command = _next_for(run, result)
+    yield from (f"{INDENT}{line}" for line in advice(first).splitlines() if line != command)
+    yield f"{INDENT}next: {command}   ·   {anchor(first.check)}"
 
 
 def _details(finding: Finding | Failure, result: EngineResult) -> Iterator[str]:
@@ -178,6 +195,7 @@ def _all_findings(result: EngineResult) -> Iterator[str]:
     for finding in () if result.verdict is None else result.verdict.findings:
         if isinstance(finding, Failure):
             yield f"{GAP}{finding.status.value:<12}  {finding_sentence(finding)}"
+            yield from _why(finding)
             continue
         observed, allowed = observed_and_limit(finding)
         interval = interval_text(finding)
@@ -187,10 +205,18 @@ def _all_findings(result: EngineResult) -> Iterator[str]:
             f"{finding.limit.symbol} {allowed} "
             f"({limit_source(finding.limit, result.precision)}), n = {finding.n}, {finding.evidence.value}"
         )
+        if finding.status is not Status.PASSED:
+            yield from _why(finding)
     for note in result.notes:
         yield f"{GAP}{note}"
     if result.reused:
         yield f"{GAP}reused: {', '.join(result.reused)}"
+
+
+def _why(finding: Finding | Failure) -> Iterator[str]:
+    """What else is known of a finding that did not pass, below its line in the list."""
+    for line in (*failure_lines(finding), *advice(finding).splitlines(), anchor(finding.check)):
+        yield f"{GAP}{'':<12}  {line}"
 
 
 def _default_limits(run: CheckRun) -> str:
@@ -204,18 +230,18 @@ def _default_limits(run: CheckRun) -> str:
 
 
 def _reused(run: CheckRun) -> str:
-    """What came from the cache; engines that reused the same are named together."""
+    """What came from the cache or from a recording; engines that reused the same are named together."""
     engines: dict[tuple[str, ...], list[str]] = {}
     for result in run.engines:
         if result.reused:
             engines.setdefault(result.reused, []).append(result.name)
     parts = [*run.reused, *(f"{', '.join(what)} of {', '.join(names)}" for what, names in engines.items())]
-    return f"reused from the cache: {'; '.join(parts)}" if parts else ""
+    return f"reused: {'; '.join(parts)}" if parts else ""
 
 
 def show(text: str, stream: TextIO) -> None:
-    """Print a screen: with colours on a terminal unless NO_COLOR is set, and without wrapping anywhere."""
-    if not _is_terminal(stream):
+    """Print a screen: styled on a terminal unless NO_COLOR is set, and without wrapping anywhere."""
+    if not _is_terminal(stream) or os.environ.get("NO_COLOR"):
         stream.write(text)
         stream.flush()
         return
@@ -253,8 +279,6 @@ def progress(stream: TextIO | None = None) -> Iterator[Observer]:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    import os
-
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

@@ -59,6 +59,9 @@ def test_of_several_specs_the_worst_exit_code_wins_and_each_has_its_report(gate_
     assert outcome.code == 1
     assert sorted(path.name for path in (project / "out").iterdir()) == ["tiny", "tiny-2", "tiny-3"]
     assert not (project / ".gate/runs").exists()
+    assert outcome.out.splitlines()[-1] == "3 specs: 1 failed, 2 passed          exit 1 (failed)"
+    assert outcome.out.count("\n\nPASSED  tiny") == 1
+    assert "\n\nFAILED  ort" in outcome.out
 
 
 def test_an_error_in_one_of_several_specs_does_not_hide_the_others(gate_command, project):
@@ -113,3 +116,28 @@ def test_the_worst_of_no_exit_codes_is_no_pass():
     assert worst([]) is ExitCode.INTERNAL
     assert worst([ExitCode.PASSED, ExitCode.INCONCLUSIVE]) is ExitCode.INCONCLUSIVE
     assert worst([ExitCode.FAILED, ExitCode.INCONCLUSIVE]) is ExitCode.FAILED
+
+
+def test_github_gets_an_annotation_where_there_is_no_verdict(gate_command, project, monkeypatch):
+    tiny.write(project, tiny.SPEC.replace("samples = 32", "samples = 33"))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    outcome = gate_command("check", "gate.toml")
+    assert outcome.code == 2
+    assert "title=gate%3A no verdict on gate.toml::" in outcome.err
+
+
+def test_the_verdict_is_shown_where_the_report_cannot_be_written(gate_command, project):
+    (project / "out/report.md").mkdir(parents=True)
+    outcome = gate_command("check", "gate.toml", "--report", "out")
+    assert outcome.code != 0
+    assert outcome.out.startswith("PASSED  tiny")
+    assert "exit 0" not in outcome.out
+
+
+@pytest.mark.parametrize("option", ["--report", "--seal"])
+def test_a_place_for_results_that_is_a_file_is_refused_before_anything_runs(gate_command, project, option):
+    (project / "taken").write_text("mine")
+    outcome = gate_command("check", "gate.toml", option, "taken/below")
+    assert outcome.code == 2
+    assert "taken: is not a folder" in outcome.err
+    assert outcome.out == ""

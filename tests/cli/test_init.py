@@ -38,7 +38,7 @@ def test_shapes_that_are_not_known_are_asked_for_by_name(gate_command, project):
     outcome = gate_command("init", "model:pair", "-o", "new.toml")
     assert outcome.code == 2
     assert "its forward takes left, right" in outcome.err
-    assert "--input left:float32:batch" in outcome.err
+    assert "gate init model:pair --input left:float32:batch,3,224,224 --input right:" in outcome.err
     assert not (project / "new.toml").exists()
 
 
@@ -95,3 +95,16 @@ def test_what_cannot_be_read_is_a_clear_error(gate_command, project, arguments, 
     assert outcome.code == 2
     assert message in outcome.err
     assert not (project / "new.toml").exists()
+
+
+def test_a_model_that_cannot_take_its_inputs_is_a_usage_error(gate_command, project):
+    outcome = gate_command("init", "model:load", "--input", "input:float32:batch,5", "-o", "new.toml")
+    assert outcome.code == 2
+    assert "it was tried with zeros: input float32 [8, 5]" in outcome.err
+    assert not (project / "new.toml").exists()
+
+
+def test_a_python_file_is_told_how_to_name_its_function(gate_command):
+    outcome = gate_command("init", "model.py", "-o", "new.toml")
+    assert outcome.code == 2
+    assert "gate init model:load" in outcome.err

@@ -102,7 +102,7 @@ def test_verification_shows_numbered_steps_and_refuses_a_changed_byte(gate_comma
     bad = gate_command("verify", "dist/tiny/ort")
     assert bad.code == 4
     assert "refused" in bad.out
-    assert bad.err.startswith("REFUSED  dist/tiny/ort: ")
+    assert bad.err.startswith("REFUSED  dist/tiny/ort/artifacts/model.onnx: its sha256 is ")
     found = json.loads(gate_command("verify", "--json", "dist/tiny/ort").out)
     assert found["verified"] is False
     assert found["steps"][-1]["ok"] is False
@@ -123,3 +123,50 @@ def test_a_recorded_reference_serves_without_the_model(gate_command, project):
 def test_schemas_are_printed(gate_command, kind):
     outcome = gate_command("schema", kind)
     assert json.loads(outcome.out)["$schema"].endswith("2020-12/schema")
+
+
+def test_a_folder_of_bundles_names_them(gate_command):
+    gate_command("check", "gate.toml", "--seal", "dist")
+    outcome = gate_command("verify", "dist")
+    assert outcome.code == 4
+    assert "  gate verify dist/tiny/ort" in outcome.err.splitlines()
+
+
+def test_a_refusal_names_the_bundle_once(gate_command):
+    outcome = gate_command("verify", "nothing")
+    assert outcome.code == 4
+    assert outcome.err == "REFUSED  nothing: there is no bundle\n"
+
+
+@pytest.mark.parametrize("command", [("diff",), ("accept", "--reason", "because")])
+def test_a_report_that_does_not_exist_is_a_usage_error(gate_command, command):
+    outcome = gate_command("baseline", *command, "nothing")
+    assert outcome.code == 2
+    assert "nothing: there is no such report" in outcome.err
+
+
+def test_where_there_is_no_baseline_the_command_for_one_is_named(gate_command):
+    assert "gate baseline accept --reason" in gate_command("baseline", "show").err
+
+
+def test_a_recording_replaces_no_file_of_others(gate_command, project):
+    spec = (project / "gate.toml").read_text()
+    (project / "mine").mkdir()
+    (project / "mine" / "notes.txt").write_text("kept")
+    for out in ("gate.toml", "mine", "."):
+        assert gate_command("record", "gate.toml", "-o", out).code == 2, out
+    assert (project / "gate.toml").read_text() == spec
+    assert (project / "mine" / "notes.txt").read_text() == "kept"
+    assert gate_command("record", "gate.toml", "-o", "recording").code == 0
+    assert gate_command("record", "gate.toml", "-o", "recording").code == 0
+
+
+def test_commands_to_paste_quote_their_paths(gate_command):
+    outcome = gate_command("check", "gate.toml", "--seal", "my dist")
+    assert "gate verify 'my dist/tiny/ort'" in outcome.out
+    assert "gate verify 'my dist/tiny/ort'" in gate_command("verify", "my dist").err
+    assert "--reference 'my recording'" in gate_command("record", "gate.toml", "-o", "my recording").out
+    assert (
+        "gate check 'my gate.toml'"
+        in gate_command("init", "model:load", "--input", "input:float32:batch,4", "-o", "my gate.toml").out
+    )

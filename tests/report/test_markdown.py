@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from gate.report.markdown import github_annotations, markdown
+from gate.errors import SpecError
+from gate.report.markdown import github_annotations, github_error, markdown
 from tests.report import conftest as runs
 
 
@@ -43,3 +44,10 @@ def test_annotations_point_at_the_limit_and_escape_lines():
     assert any("%0Anode: /f/Conv" in line for line in lines)
     assert not any("\n" in line for line in lines)
     assert github_annotations(runs.PASSED) == ()
+
+
+def test_an_error_without_a_verdict_is_an_annotation_too():
+    err = SpecError("needs a limit", where="a.toml:7", hint="add one")
+    expected = "::error file=a.toml,line=7,title=gate%3A no verdict on a.toml::a.toml:7: needs a limit%0Aadd one"
+    assert github_error(err, spec="a.toml") == expected
+    assert github_error(SpecError("wrong"), spec="a.toml").startswith("::error file=a.toml,line=1,title=")

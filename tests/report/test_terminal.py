@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from gate.report.terminal import PlainProgress, progress, render, show, terminal_width
+from gate.report.terminal import PlainProgress, next_command, progress, render, show, terminal_width
+from gate.verdict import Failure
 from tests.report import conftest as runs
 
 
@@ -111,7 +112,7 @@ def test_a_terminal_gets_colours_unless_no_color_is_set(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     show(render(runs.FAILED), plain)
     assert "\x1b[1;31mFAILED" in coloured.getvalue()
-    assert "31m" not in plain.getvalue()
+    assert "\x1b" not in plain.getvalue()
     assert "FAILED" in plain.getvalue()
 
 
@@ -142,3 +143,29 @@ def test_a_terminal_gets_bars_that_go_away(monkeypatch):
 @pytest.mark.parametrize("run", [runs.PASSED, runs.FAILED, runs.INCONCLUSIVE, runs.NOT_RUN, runs.ALL])
 def test_every_screen_ends_with_its_exit_code(run):
     assert "exit " in render(run).splitlines()[-1]
+
+
+def test_the_next_command_is_the_one_that_mends_all_that_is_wrong():
+    absent = Failure(
+        check="baseline",
+        error="BaselineError",
+        message="there is no accepted baseline",
+        evidence=runs.HOST,
+        hint='gate baseline accept --reason "…"',
+    )
+    only = runs.run_of(runs.engine("ort", runs.finding(estimate=1e-3), absent))
+    assert next_command(only) == absent.hint
+    assert render(only).count("gate baseline accept") == 2
+    both = runs.run_of(runs.engine("ort", runs.finding(), absent))
+    assert next_command(both) == "gate check examples/digits/gate.toml --engine ort --verbose"
+
+
+def test_what_decides_an_inconclusive_finding_is_said_of_each():
+    straddling = runs.finding("task.top1", 0.96, 0.95, kind="at_least", interval=(0.94, 0.98), detail="5 more samples")
+    run = runs.run_of(runs.engine("ort", runs.finding(), straddling))
+    assert "            5 more samples" in render(run).splitlines()
+    assert "                docs/findings.md#task-top1" in render(run, verbose=True).splitlines()
+
+
+def test_a_command_that_ends_with_another_code_does_not_promise_this_one():
+    assert "exit " not in render(runs.PASSED, exit_line=False)
