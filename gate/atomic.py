@@ -27,7 +27,8 @@ from gate.manifest import FileDigest
 _TEMPORARY = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{16}")
 _CHUNK_BYTES = 1024 * 1024
 _DISK_ERRORS = frozenset(
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENAMETOOLONG")
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENAMETOOLONG", "ENOTDIR", "EEXIST")
 )
 
 

@@ -593,7 +593,8 @@ def baseline_findings(
 ) -> tuple[Finding | Failure, ...]:
     """What `[engine.baseline]` asks for, against a baseline that is comparable. At least one.
 
-    An empty table asks for both checks at their defaults, the task's only where the spec has a `[task]`.
+    An empty table asks for both checks at their defaults, the task's only where the spec has a `[task]`: the drop that
+    `[engine.task]` allows, or else the precision's.
 
     Args:
         baseline: As `require_comparable` accepts it; or why there is none, which is a Failure.
@@ -612,7 +613,9 @@ def baseline_findings(
     if drop is None and ratio is None:
         ratio = Limit("at_most", RATIO, "default")
         if file.spec.task is not None:
-            drop = Limit("at_most", DROP_PP[engine.precision], "default")
+            # What the task may lose against the reference, it may lose against the baseline.
+            asked = engine.task.top1_drop_at_most_pp if engine.task is not None else None
+            drop = Limit("at_most", DROP_PP[engine.precision] if asked is None else asked, "default")
     findings: list[Finding | Failure] = []
     if drop is not None:
         findings.append(_drop_finding(baseline, result, limit=drop, evidence=evidence))

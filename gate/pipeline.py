@@ -11,9 +11,9 @@ from pathlib import Path
 
 from gate.engines import backend as backend_named
 from gate.engines.interface import Backend
-from gate.errors import BackendUnavailable, MeasurementError, ReferenceMismatch, RunError
+from gate.errors import BackendUnavailable, MeasurementError, ReferenceMismatch, RunError, SpecError
 from gate.manifest import sha256_hex
-from gate.reference import RecordedGraph, external_data, write_recording
+from gate.reference import RECORDING, RecordedGraph, external_data, write_recording
 from gate.results import CheckRun, EngineResult, Provenance
 from gate.spec import EngineSpec, SpecFile
 from gate.steps.context import CheckOptions, Context, Observer, Silence, scores_output
@@ -257,6 +257,8 @@ def record(file: SpecFile, out: Path, options: CheckOptions, observer: Observer)
     """
     from gate.atomic import folder
 
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RECORDING).is_file())):
+        raise SpecError("is there and is no recording, so it is not replaced", where=str(out))
     run = Context(file, replace(options, reference=None), observer)
     run.open_samples()
     run.open_reference()

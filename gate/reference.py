@@ -495,7 +495,8 @@ def read_recording(folder: Path, *, file: SpecFile, digest: DataDigest) -> tuple
         raw = json.loads((folder / RECORDING).read_bytes())
         meta, digests = dict(raw["meta"]), dict(raw["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise DataError(f"is no recording: {err}", where=where, hint="make one: gate record gate.toml -o DIR") from err
+        why = "there is no such file" if isinstance(err, FileNotFoundError) else str(err)
+        raise DataError(f"is no recording: {why}", where=where, hint="make one: gate record gate.toml -o DIR") from err
     for name, expected in digests.items():
         path = folder / name
         if not path.is_file() or file_digest(path) != expected:
@@ -510,7 +511,9 @@ def read_recording(folder: Path, *, file: SpecFile, digest: DataDigest) -> tuple
             where=where,
         )
     if meta["spec_model"] != _model_fields(file):
-        raise DataError("was recorded for another [model] than the spec's", where=where)
+        raise DataError(
+            "was recorded for another [model] than the spec's", where=where, hint=f"gate record {file.path} -o DIR"
+        )
     for name, expected in meta["depends"].items():
         path = file.folder / name
         if path.is_file() and file_digest(path) != expected:

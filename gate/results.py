@@ -283,6 +283,7 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             KeyError: There is none, or it is of several engines; names what there is.
         """
+        __tracebackhide__ = True  # pytest then shows the line of the test
         engine, _, name = check.rpartition(":")
         found = [
             finding

@@ -347,8 +347,10 @@ class SpecFile(msgspec.Struct, frozen=True, kw_only=True):
         """
         names = [engine.name for engine in self.spec.engines]
         if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.55)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
             raise SpecError(
-                f"there is no engine {name!r}{_did_you_mean(name, names)}; it has {', '.join(names)}",
+                f"there is no engine {name!r}{meant} (it has {', '.join(names)})",
                 where=str(self.path),
             )
         return self.spec.engines[names.index(name)]
@@ -376,8 +378,12 @@ def read_spec(path: Path) -> SpecFile:
         raise SpecError(
             "there is no such file", where=str(path), hint="write one: gate init module:function -o gate.toml"
         ) from None
-    except (OSError, UnicodeDecodeError) as err:
-        raise SpecError(f"cannot be read: {err}", where=str(path)) from err
+    except IsADirectoryError:
+        raise SpecError("is a folder, not a spec", where=str(path), hint=f"gate check {path / 'gate.toml'}") from None
+    except UnicodeDecodeError as err:
+        raise SpecError(f"is not a text file in UTF-8 (byte {err.start})", where=str(path)) from err
+    except OSError as err:
+        raise SpecError(f"cannot be read: {err.strerror or err}", where=str(path)) from err
     return spec_from_text(text, path=path)
 
 
@@ -393,6 +399,17 @@ def spec_from_text(text: str, *, path: Path) -> SpecFile:
         line = re.search(r"line (\d+)", str(err))
         where = f"{path}:{line.group(1)}" if line else str(path)
         raise SpecError(f"is not TOML: {err}", where=where) from err
+    if not raw:
+        raise SpecError(
+            "is empty",
+            where=str(path),
+            hint="write one: gate init module:function -o gate.toml (it begins: schema = 1)",
+        )
+    if isinstance(raw.get("engine"), dict):
+        raise SpecError(
+            "there may be several engines: write [[engine]] in place of [engine]",
+            where=f"{path}:{line_of(text, ('engine',))}",
+        )
     try:
         spec = msgspec.convert(_with_axes(raw), GateSpec)
     except msgspec.ValidationError as err:
@@ -439,11 +456,13 @@ def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str,
     message = (
         re.sub(r", got `[^`]*`$", "", message).replace(" | null", "").replace("`", "").replace("Expected", "expected")
     )
+    if "matching regex" in message:
+        message = "takes letters, digits, '.', '_' and '-', and begins with a letter or digit"
     shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
     enum = re.search(r"Invalid enum value", message)
     if enum and key:
         choices = sorted(str(choice) for choice in _choices(typed))
-        message = f"must be one of {', '.join(choices)}"
+        message = f"must be {choices[0]}" if len(choices) == 1 else f"must be one of {', '.join(choices)}"
         near = difflib.get_close_matches(str(got), choices, n=1, cutoff=0.55)
         shown += f"; did you mean {near[0]!r}?" if near else ""
     name = ".".join(str(part) for part in key[-1:])

@@ -32,7 +32,7 @@ from gate.baseline import (
 from gate.errors import BaselineError, DigestMismatch
 from gate.manifest import pretty_json
 from gate.results import run_from_builtins
-from gate.spec import read_spec
+from gate.spec import TaskLimits, read_spec
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict
 
 DATA = Path(__file__).parent / "data"
@@ -291,6 +291,14 @@ def test_an_empty_table_asks_for_both_checks_at_their_defaults(baseline, result,
     assert findings["baseline.rel_rmse_ratio"].limit == Limit("at_most", 2.0, "default")
     assert findings["baseline.rel_rmse_ratio"].status is Status.PASSED
     assert findings["baseline.rel_rmse_ratio"].estimate == 1.0
+
+
+def test_the_drop_that_the_task_allows_is_the_default_against_the_baseline(baseline, result, file):
+    engine = file.engine("ort-fp16")
+    asked = msgspec.structs.replace(engine, task=TaskLimits(top1_drop_at_most_pp=0.5))
+    findings = baseline_findings(baseline, result, engine=asked, file=file, evidence=Evidence.HOST)
+    drop = next(each for each in findings if each.check == "baseline.top1_drop_pp")
+    assert drop.limit == Limit("at_most", 0.5, "default")
 
 
 def test_a_limit_of_the_spec_names_its_line_and_stands_alone(baseline, result, file):

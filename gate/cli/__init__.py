@@ -9,6 +9,7 @@ COMMANDS = {
     "seal": "check a spec and seal the engines that passed",
     "verify": "verify a sealed bundle, step by step",
     "record": "record the reference, for a machine without PyTorch",
+    "explain": "say what a check means, and what to do when it does not pass",
     "schema": "print the JSON Schema of a file",
 }
 """Each sub-command with what it does; gate.cli.<name> has its `add_parser` and `run`."""

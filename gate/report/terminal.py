@@ -176,7 +176,7 @@ def _explained(run: CheckRun, result: EngineResult) -> Iterator[str]:
         yield f"{INDENT}{note}"
     command = _next_for(run, result)
     yield from (f"{INDENT}{line}" for line in advice(first).splitlines() if line != command)
-    yield f"{INDENT}next: {command}   ·   {anchor(first.check)}"
+    yield f"{INDENT}next: {command}   ·   gate explain {first.check.partition('[')[0]}"
 
 
 def _details(finding: Finding | Failure, result: EngineResult) -> Iterator[str]:

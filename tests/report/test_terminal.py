@@ -43,7 +43,7 @@ def test_the_failing_engine_is_explained_with_sample_cause_command_and_page():
         "worst sample 512 (label 8, reference 8 by 0.31, engine 3)",
         "also FAILED: task.top1_drop_pp: 0.12 pp [0.110 to 0.130 pp] > 0.10 pp (gate.toml:41)",
         "likely cause: 2 activations clip",
-        "next: gate check examples/digits/gate.toml --engine ort-int8 --verbose   ·   docs/findings.md#parity-rel_rmse",
+        "next: gate check examples/digits/gate.toml --engine ort-int8 --verbose   ·   gate explain parity.rel_rmse",
     ]
     assert lines[-1] == "report: out/report.md          exit 1 (failed)"
 

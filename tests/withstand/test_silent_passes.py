@@ -183,3 +183,15 @@ def test_a_scalar_output_is_recorded_as_a_scalar(tmp_path: Path) -> None:
 
     assert load_file(tmp_path / meta["files"][0])["mean"].shape == ()
     assert meta["outputs"]["mean"]["batch_axis"] is False
+
+
+def test_recording_does_not_replace_what_is_no_recording(project: Project) -> None:
+    from gate.errors import SpecError
+    from gate.pipeline import CheckOptions, Silence, record
+    from gate.spec import read_spec
+
+    kept = project.spec.read_bytes()
+    for path in (project.spec, project.folder):
+        with pytest.raises(SpecError, match="is no recording, so it is not replaced"):
+            record(read_spec(project.spec), path, CheckOptions(cache=project.cache), Silence())
+    assert project.spec.read_bytes() == kept
