@@ -99,12 +99,8 @@ def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
         SpecError: A spec is wrong; then none is checked.
     """
     from gate.pipeline import CheckOptions
-    from gate.spec import read_spec
 
-    files = [read_spec(path) for path in args.specs]
-    for file in files:
-        for name in args.engine:
-            file.engine(name)
+    files = [_read(path, engines=args.engine) for path in args.specs]
     require_folder(args.report, "--report")
     require_folder(seal_to, "the folder for bundles")
     reports = Reports(args.report, files)
@@ -122,7 +118,7 @@ def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
                 code, names = _check_one(file, options, args, reports=reports, seal_to=seal_to)
                 sealed += names
             except GateError as err:
-                _tell_github_error(file, err)
+                _tell_github_error(file.path, err)
                 if len(files) == 1:
                     raise
                 print(f"{file.path}: {err}" if str(file.path) not in str(err) else str(err), file=sys.stderr)
@@ -131,6 +127,24 @@ def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
     if len(files) > 1 and not args.json:
         print(f"\n{_specs_line(codes)}")
     return Outcome(worst(codes), tuple(sealed))
+
+
+def _read(path: Path, *, engines: Sequence[str]) -> SpecFile:
+    """A spec that has those engines; what is wrong with it is annotated.
+
+    Raises:
+        SpecError: It is wrong, or has no such engine.
+    """
+    from gate.spec import read_spec
+
+    try:
+        file = read_spec(path)
+        for name in engines:
+            file.engine(name)
+    except GateError as err:
+        _tell_github_error(path, err)
+        raise
+    return file
 
 
 def _specs_line(codes: Sequence[ExitCode]) -> str:
@@ -232,12 +246,12 @@ def _tell_github(checked: CheckRun) -> None:
             print(f"GITHUB_STEP_SUMMARY {summary} cannot be written: {err.strerror}", file=sys.stderr)
 
 
-def _tell_github_error(file: SpecFile, err: GateError) -> None:
+def _tell_github_error(spec: Path, err: GateError) -> None:
     """In GitHub Actions: what kept a spec from a verdict, beside the line that is at fault."""
     from gate.report.markdown import github_error
 
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        print(github_error(err, spec=str(file.path)), file=sys.stderr)
+        print(github_error(err, spec=str(spec)), file=sys.stderr)
 
 
 class Reports:

@@ -141,3 +141,14 @@ def test_a_place_for_results_that_is_a_file_is_refused_before_anything_runs(gate
     assert outcome.code == 2
     assert "taken: is not a folder" in outcome.err
     assert outcome.out == ""
+
+
+def test_a_spec_that_cannot_be_read_is_annotated_at_its_line(gate_command, project, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    spec = project / "gate.toml"
+    spec.write_text(spec.read_text().replace("[engine.parity]", "[engine.parrity]"))
+    outcome = gate_command("check", "gate.toml")
+    assert outcome.code == 2
+    line = next(line for line in outcome.err.splitlines() if line.startswith("::error "))
+    assert "file=gate.toml,line=" in line
+    assert "did you mean" in line
