@@ -30,12 +30,12 @@ from gate.manifest import (
     sha256_hex,
     strict_json,
 )
+from gate.metrics.classification import DEFAULT_DROP_PP, baseline_task_finding
 from gate.results import CheckRun, EngineResult, Fingerprint, OutputMetrics
 from gate.spec import BaselineLimits, EngineSpec, Name, SpecFile
 from gate.statistics import clopper_pearson
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit
 
-DROP_PP = {"fp32": 0.1, "tf32": 0.1, "fp16": 0.1, "bf16": 0.2, "int8": 0.5}
 RATIO = 2.0
 RATIO_FLOOR = 8 * 2.0**-23
 """A rel_rmse below 8 units of FP32 rounding counts as that much: 1e-7 after 0 is rounding, not a regression."""
@@ -615,7 +615,7 @@ def baseline_findings(
         if file.spec.task is not None:
             # What the task may lose against the reference, it may lose against the baseline.
             asked = engine.task.top1_drop_at_most_pp if engine.task is not None else None
-            drop = Limit("at_most", DROP_PP[engine.precision] if asked is None else asked, "default")
+            drop = Limit("at_most", DEFAULT_DROP_PP[engine.precision] if asked is None else asked, "default")
     findings: list[Finding | Failure] = []
     if drop is not None:
         findings.append(_drop_finding(baseline, result, limit=drop, evidence=evidence))
@@ -636,8 +636,6 @@ def _limit(value: float | None, key: str, engine: EngineSpec, file: SpecFile) ->
 
 
 def _drop_finding(baseline: Baseline, result: EngineResult, *, limit: Limit, evidence: Evidence) -> Finding | Failure:
-    from gate.metrics.classification import baseline_task_finding
-
     if result.task is None or baseline.task is None:
         who = "this run" if result.task is None else "the baseline"
         return _failure(

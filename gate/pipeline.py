@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gate.engines import backend as backend_named
+from gate.engines.feed import profile_of
 from gate.engines.interface import Backend
 from gate.errors import BackendUnavailable, MeasurementError, ReferenceMismatch, RunError, SpecError
 from gate.manifest import sha256_hex
@@ -18,7 +19,7 @@ from gate.results import CheckRun, EngineResult, Provenance
 from gate.spec import EngineSpec, SpecFile
 from gate.steps.context import CheckOptions, Context, Observer, Silence, scores_output
 from gate.steps.judge import check_engine
-from gate.steps.make import exported_graph, lowered_graph, profile_of
+from gate.steps.make import exported_graph, lowered_graph
 from gate.verdict import Evidence, Status
 
 __all__ = [
@@ -126,7 +127,7 @@ def check(file: SpecFile, options: CheckOptions | None = None, observer: Observe
             git=git_revision(file.folder),
             seed=file.spec.data.seed,
         ),
-        profile=profile_of(file),
+        profile=profile_of(file.spec),
         engines=tuple(results),
         seconds={name: round(value, 4) for name, value in run.seconds.items()},
         reused=("reference",) if run.recording.reused else (),

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from gate.atomic import discard
+from gate.atomic import digest_of_stream, discard
 from gate.data.samples import Batch, DataDigest, SampleSource
+from gate.engines.graph import external_files, unsafe_external_file
 from gate.errors import DataError, RunError, SpecError
 from gate.factory import opened_files
 from gate.spec import InputSpec, SpecFile
@@ -630,19 +631,16 @@ def _model_fields(file: SpecFile) -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
+    """sha256 of a file, which may be a link."""
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return digest_of_stream(stream).sha256
 
 
 def onnx_digest(path: Path) -> str:
     """sha256 of an ONNX file and of the external data beside it.
 
     Raises:
-        DataError: It is no ONNX file, or its external data is missing or outside its folder.
+        DataError: It is no ONNX file, or its external data is missing, a link, or outside its folder.
     """
     digest = hashlib.sha256(file_digest(path).encode())
     for location in external_data(path):
@@ -654,27 +652,17 @@ def external_data(path: Path) -> tuple[str, ...]:
     """The external data files of an ONNX file, relative to its folder.
 
     Raises:
-        DataError: It is no ONNX file, or its external data is missing or outside its folder.
+        DataError: It is no ONNX file, or its external data is missing, a link, or outside its folder.
     """
     import onnx
-    from onnx.external_data_helper import uses_external_data
 
     try:
-        graph = onnx.load(path, load_external_data=False)
+        names = external_files(onnx.load(path, load_external_data=False))
     except Exception as err:
         raise DataError(f"is no ONNX file: {err}", where=str(path)) from err
-    locations = {
-        entry.value
-        for tensor in graph.graph.initializer
-        if uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for location in sorted(locations):
-        beside = path.parent / location
-        if not beside.resolve().is_relative_to(path.parent.resolve()) or not beside.is_file():
-            raise DataError(f"its external data {location!r} is missing or outside its folder", where=str(path))
-    return tuple(sorted(locations))
+    if (wrong := unsafe_external_file(path, names)) is not None:
+        raise DataError(wrong, where=str(path))
+    return names
 
 
 def _version(distribution: str) -> str:

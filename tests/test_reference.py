@@ -190,3 +190,43 @@ def test_a_file_that_is_no_onnx_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"not a graph")
     with pytest.raises(DataError, match="is no ONNX file"):
         onnx_digest(tmp_path / "x.onnx")
+
+
+def _with_external_constant(folder: Path) -> Path:
+    """A graph whose only weight is a Constant node's attribute, kept in another file."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    values = np.arange(4, dtype=np.float32)
+    (folder / "weight.bin").write_bytes(values.tobytes())
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "weight.bin"), ("length", "16")):
+        tensor.external_data.add(key=key, value=value)
+    graph = helper.make_graph(
+        [helper.make_node("Constant", [], ["w"], value=tensor), helper.make_node("Add", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+    )
+    path = folder / "model.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    assert onnx.load(path, load_external_data=False).graph.node[0].op_type == "Constant"
+    return path
+
+
+def test_a_weight_in_another_file_is_part_of_the_digest_wherever_the_graph_keeps_it(tmp_path: Path) -> None:
+    path = _with_external_constant(tmp_path)
+    before = onnx_digest(path)
+    (tmp_path / "weight.bin").write_bytes(np.ones(4, np.float32).tobytes())
+    assert onnx_digest(path) != before
+
+
+def test_external_data_that_is_a_link_or_missing_is_refused(tmp_path: Path) -> None:
+    path = _with_external_constant(tmp_path)
+    weight = tmp_path / "weight.bin"
+    weight.rename(tmp_path / "elsewhere.bin")
+    with pytest.raises(DataError, match=r"external data 'weight\.bin' is missing"):
+        onnx_digest(path)
+    weight.symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(DataError, match="not a regular file"):
+        onnx_digest(path)

@@ -121,15 +121,15 @@ class Context:
     def open_samples(self) -> None:
         """Read, check and digest every evaluation sample."""
         data = self.spec.data
+        where = f"[data] source = {data.source!r}"
         with self.stage("samples"):
             self.source = open_source(self.file, data.source, needed=data.samples, key="source")
             self.digest = digest_of(
                 self.source,
                 inputs=self.spec.inputs,
                 batch=batch_size(self.file),
-                where=f"[data] source = {data.source!r}",
+                where=where,
             )
-            where = f"[data] source = {data.source!r}"
             self.source = DigestedSource(self.source, self.digest, where)
             labels = np.frombuffer(self.digest.labels, "<i8")
             if self.spec.task is not None and len(labels) > 1 and labels.min() == labels.max():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -53,21 +51,11 @@ def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineRe
     findings.extend(_build_findings(engine, made, size, file=run.file))
     if not preflight:
         try:
-            with backend_open(backend, made.path, run, engine) as runner:
+            with backend.open(made.path, spec=run.spec, engine=engine) as runner:
                 result = _run_engine(run, engine, runner, result, findings=findings)
         except GateError as err:
             findings.append(_failure("run", err, evidence))
     return _judged(run, engine, result, findings)
-
-
-@contextmanager
-def backend_open(backend: Backend, path: Path, run: Context, engine: EngineSpec) -> Iterator[Runner]:
-    """The engine, loaded; closed in the end."""
-    runner = backend.open(path, spec=run.spec, engine=engine)
-    try:
-        yield runner
-    finally:
-        runner.close()
 
 
 def _judged(run: Context, engine: EngineSpec, result: EngineResult, findings: list[Finding | Failure]) -> EngineResult:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from gate.engines.feed import profile_of
+from gate.engines.graph import layers_of, opset_of
 from gate.engines.interface import Backend, BuildRecord
 from gate.errors import BuildError
 from gate.manifest import sha256_hex
 from gate.reference import batch_size, file_digest, onnx_digest, recorded_graph
-from gate.spec import EngineSpec, SpecFile
+from gate.spec import EngineSpec
 from gate.steps.context import Context, Exported
 from gate.tensors import Array
 from gate.verdict import Evidence
@@ -87,8 +89,7 @@ def graph_digest(entry: Entry) -> str:
 def _opset(path: Path) -> int:
     import onnx
 
-    graph = onnx.load(path, load_external_data=False)
-    return max((each.version for each in graph.opset_import if each.domain in ("", "ai.onnx")), default=0)
+    return opset_of(onnx.load(path, load_external_data=False))
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,12 @@ def backend_record_of_plan(backend: Backend, engine: EngineSpec, run: Context) -
         backend_version=backend.version(),
         precision=engine.precision,
         options={},
-        profile=profile_of(run.file),
+        profile=profile_of(run.spec),
         layers_source="not listed: the plan was not built here",
     )
     if engine.plan is None or engine.backend != "onnxruntime":
         return record
     import onnx
-
-    from gate.engines.graph import layers_of
 
     graph = onnx.load(run.file.folder / engine.plan, load_external_data=False)
     return msgspec.structs.replace(record, layers=layers_of(graph), layers_source="graph")
@@ -247,7 +246,6 @@ def lowered_graph(run: Context, precision: str, exported: Exported) -> _Lowered:
                 path = folder / "model.onnx"
                 record = lower(exported.path, precision=precision, out=path, calibration=batches)
                 meta.update(msgspec.to_builtins(record))
-                meta["opset"] = _opset(path)
 
             entry = run.cache.put("lowered", key, make, meta)
     return _Lowered(
@@ -257,11 +255,3 @@ def lowered_graph(run: Context, precision: str, exported: Exported) -> _Lowered:
         calibration_sha256=calibration_sha256,
         reused=reused,
     )
-
-
-def profile_of(file: SpecFile) -> dict[str, dict[str, list[int]]]:
-    """Per input its min, opt and max shapes."""
-    return {
-        name: {"min": list(each.sized("min")), "opt": list(each.sized("opt")), "max": list(each.sized("max"))}
-        for name, each in file.spec.inputs.items()
-    }
