@@ -16,7 +16,7 @@ import numpy as np
 from gate.chatter import quiet
 from gate.engines.graph import opset_of
 from gate.engines.onnxruntime import OnnxRuntimeRunner
-from gate.engines.torch import TorchRunner, call_module, named_outputs, require_module, tensor_from
+from gate.engines.torch.runner import TorchRunner, call_module, named_outputs, require_module, tensor_from
 from gate.errors import ExportError, RunError
 from gate.spec import AxisRange, EngineOptions, GateSpec, InputSpec
 from gate.tensors import Array, NamedArrays, mismatches

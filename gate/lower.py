@@ -12,18 +12,17 @@ import hashlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from gate.chatter import quiet
 from gate.engines.graph import external_files, layers_of, opset_of, unsafe_external_file
-from gate.engines.interface import Layer
+from gate.engines.interface import CalibrationRecord, Layer, LoweringRecord, TensorRange
 from gate.errors import LoweringError
+from gate.spec import LoweringSpec
 from gate.tensors import Array, NamedArrays
 
 _QUANTIZED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -42,62 +41,7 @@ _INSTALL = 'pip install "trt-gate[lower]"'
 _LARGE_BYTES = 1_800_000_000
 
 
-class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The range of an activation that its int8 scale covers.
-
-    Args:
-        name: Of the tensor in the FP32 graph.
-        low, high: What -127 and 127 stand for.
-        clipped_fraction: Calibration values outside of it; 0 for min-max calibration, which covers all of them.
-    """
-
-    name: str
-    low: float
-    high: float
-    clipped_fraction: float | None = None
-
-
-class CalibrationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What int8 was calibrated on, and what came out.
-
-    Args:
-        method: `minmax`.
-        samples: How many.
-        sha256: Of the samples: names, dtypes, shapes and bytes, however they were batched.
-        ranges: Of the quantised activations, in graph order.
-    """
-
-    method: str
-    samples: int
-    sha256: str
-    ranges: tuple[TensorRange, ...]
-
-
-class LoweringRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a graph was lowered.
-
-    Args:
-        precision: As asked for.
-        tool, tool_version: What did it; `copy` where there was nothing to do.
-        opset: Of the result. bf16 needs 22, so a lower one is raised to that.
-        layers: Its nodes with their precision.
-        calibration: Of int8; None for the others.
-    """
-
-    precision: str
-    tool: str
-    tool_version: str
-    opset: int
-    layers: tuple[Layer, ...]
-    calibration: CalibrationRecord | None = None
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of nodes by precision, most frequent first."""
-        return dict(Counter(layer.precision for layer in self.layers).most_common())
-
-
-def tool_version(precision: str) -> str:
+def tool_version(precision: str, lowering: LoweringSpec | None = None) -> str:  # noqa: ARG001
     """The tool that makes a precision, with its version, for a cache's key; `copy` for fp32 and tf32.
 
     Raises:
@@ -114,12 +58,20 @@ def tool_version(precision: str) -> str:
         raise LoweringError(f"{precision} is made by {distribution}, which is not installed", hint=_INSTALL) from err
 
 
-def lower(onnx: Path, *, precision: str, out: Path, calibration: Iterable[NamedArrays] | None = None) -> LoweringRecord:
+def lower(
+    onnx: Path,
+    *,
+    precision: str,
+    out: Path,
+    calibration: Iterable[NamedArrays] | None = None,
+    lowering: LoweringSpec | None = None,  # noqa: ARG001
+) -> LoweringRecord:
     """Write the graph in a precision.
 
     Args:
         onnx: The FP32 graph.
         precision: fp32 and tf32 copy it: TF32 is a setting of the compiler.
+        lowering: How; left out: the precision's defaults.
         out: The file to write; weights above the size of a protobuf message go to `<out>.data`.
         calibration: Batches of samples by input. int8 needs them. fp16 uses the first few, where given, to find
             values that float16 cannot hold.

@@ -19,7 +19,7 @@ from gate.results import CheckRun, EngineResult, Provenance
 from gate.spec import EngineSpec, SpecFile
 from gate.steps.context import CheckOptions, Context, Observer, Silence, scores_output
 from gate.steps.judge import check_engine
-from gate.steps.make import exported_graph, lowered_graph
+from gate.steps.make import exported_graph, graph_name, lowered_graph
 from gate.verdict import Evidence, Status
 
 __all__ = [
@@ -144,7 +144,8 @@ def _usable(engine: EngineSpec, file: SpecFile) -> Backend | str:
         backend = backend_named(engine.backend)
         backend.version()
         needed = Evidence(engine.required_evidence)
-        here = backend.runs_here()
+        backend.require_supported(engine)
+        here = backend.runs_here(engine)
         if needed is not Evidence.PREFLIGHT and (here is None or here.rank < needed.rank):
             raise BackendUnavailable(
                 f"engine {engine.name!r} asks for evidence {needed.value!r}, and backend {engine.backend!r} "
@@ -225,6 +226,8 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
             reason = (
                 f"evidence {result.evidence.value if result.evidence else 'none'}, the policy asks for {least.value}"
             )
+        elif (why := backend_named(result.backend).unsealable(file.engine(result.name))) is not None:
+            reason = why
         elif result.engine_path is None:
             reason = "its file is not at hand; run the check again"
         elif result.engine_path.endswith(".onnx") and (beside := external_data(Path(result.engine_path))):
@@ -267,9 +270,10 @@ def record(file: SpecFile, out: Path, options: CheckOptions, observer: Observer)
     exported = exported_graph(run)
     graphs = {"fp32": RecordedGraph(exported.path, exported.opset)}
     for engine in file.spec.engines:
-        if engine.onnx is None and engine.plan is None and engine.precision not in graphs:
-            lowered = lowered_graph(run, engine.precision, exported)
-            graphs[engine.precision] = RecordedGraph(lowered.path, lowered.opset, lowered.calibration_sha256)
+        made_here = engine.onnx is None and engine.plan is None
+        if made_here and backend_named(engine.backend).origin(engine) == "lowered" and graph_name(engine) not in graphs:
+            lowered = lowered_graph(run, engine, exported)
+            graphs[graph_name(engine)] = RecordedGraph(lowered.path, lowered.opset, lowered.calibration_sha256)
     with folder(out, existing="replace") as made:
         write_recording(run.recording, made, file=file, identity=run.identity, digest=run.digest, graphs=graphs)
     observer.done()

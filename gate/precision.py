@@ -51,11 +51,11 @@ COMPUTE_TYPES = frozenset(
 )
 """Layers that do the multiplying: they decide speed and most of the error."""
 
-AT_LEAST: Mapping[str, float] = {"fp32": 1.0, "tf32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.5}
+AT_LEAST: Mapping[str, float] = {"fp32": 1.0, "tf32": 1.0, "fp16": 0.9, "bf16": 0.9, "int8": 0.5, "fp8": 0.5}
 """Least share of compute layers in the precision asked for.
 
 fp32 and tf32: all, since one lower layer is another engine. fp16 and bf16: AutoCast may keep single layers in FP32,
-where their values do not fit. int8: quantisation leaves sensitive layers, often the first and last, in floating point.
+where their values do not fit. int8 and fp8: quantisation leaves sensitive layers, often the first and last, in floating point.
 """
 
 _FLOATING = frozenset({"fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8", "int4", "unknown"})

@@ -205,7 +205,7 @@ class ReferenceModel:
             from gate.engines.onnxruntime import reference_runner
 
             return reference_runner(self._existing("onnx", model.onnx), spec=self._file.spec)
-        from gate.engines.torch import TorchRunner
+        from gate.engines.torch.runner import TorchRunner
 
         return TorchRunner(self.module, spec=self._file.spec)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from gate.engines.interface import BuildRecord
+from gate.engines.interface import BuildRecord, LoweringRecord
 from gate.verdict import Evidence, Failure, Finding, Status, Verdict, status_of
 from gate.wording import finding_sentence
 
@@ -152,6 +152,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         host_peak_mib: Host memory that loading and running it added at its peak.
         baseline_sha256: Digest of the baseline that it was compared with.
         onnx_opset, calibration_sha256: Of the graph that it was built from.
+        lowering: How that graph was made, with the precision of each node; None where it was not lowered here.
         notes: Sentences for the reader: defaults that applied, likely causes.
     """
 
@@ -172,6 +173,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     baseline_sha256: str | None = None
     onnx_opset: int | None = None
     calibration_sha256: str | None = None
+    lowering: LoweringRecord | None = None
     reused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -28,8 +28,11 @@ NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 Dtype = Literal["float32", "float16", "float64", "int8", "uint8", "int32", "int64", "bool"]
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
-BackendName = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
+BackendName = Literal["onnxruntime", "tensorrt_rtx", "tensorrt", "torch"]
+QUANTIZED = ("int8", "fp8")
+"""Precisions that need calibration, and whose answers decide."""
+
 KeyPath = tuple[str | int, ...]
 
 
@@ -81,6 +84,7 @@ class ModelSpec(_Table, frozen=True):
         simplify: Run onnxslim over the export, and check its result against the export.
         metrics: What training reported on this data: `{ top1 = 0.985 }`, or a JSON file of such numbers.
             A reference that misses it is an error before any engine is judged.
+        device: Where the PyTorch reference runs. Its arithmetic is strict on both: FP32, TF32 off, deterministic.
     """
 
     id: Name
@@ -93,6 +97,7 @@ class ModelSpec(_Table, frozen=True):
     exporter: tuple[Literal["dynamo", "torchscript"], ...] = ("dynamo", "torchscript")
     simplify: bool = False
     metrics: dict[str, float] | str | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -180,10 +185,12 @@ class TaskLimits(_Table, frozen=True):
 
 
 class LatencySpec(_Table, frozen=True):
-    """Latency budgets at one batch size, host wall time of one inference.
+    """Latency budgets at one batch size.
 
     Args:
         batch: Batch size.
+        timed: `host_wall`: one inference from its inputs in host memory to its outputs there. `gpu_compute`: between
+            CUDA events around the engine alone, without the copies; for engines on a GPU.
         samples: Inferences to time; left out: as many as the strictest budget needs, and at least 200.
         max_time_s: Give up measuring after this long; too few samples are INCONCLUSIVE.
         warm_up_s: Untimed inferences before that.
@@ -192,6 +199,7 @@ class LatencySpec(_Table, frozen=True):
     """
 
     batch: PositiveInt = 1
+    timed: Literal["host_wall", "gpu_compute"] = "host_wall"
     samples: PositiveInt | None = None
     max_time_s: Positive = 20.0
     warm_up_s: NonNegative = 0.5
@@ -203,10 +211,11 @@ class LatencySpec(_Table, frozen=True):
 
 
 class MemorySpec(_Table, frozen=True):
-    """Budgets for size: the engine's file, and the host memory that loading and running it adds."""
+    """Budgets for size: the engine's file, and the host and device memory that loading and running it adds."""
 
     engine_mib: Positive | None = None
     host_peak_mib: Positive | None = None
+    device_peak_mib: Positive | None = None
 
 
 class BaselineLimits(_Table, frozen=True):
@@ -238,26 +247,106 @@ class MetamorphicSpec(_Table, frozen=True):
 
 
 class EngineOptions(_Table, frozen=True):
-    """Options of a backend; one that the backend does not have is an error.
+    """Options of a backend; one that the backend does not have is an error. Paths start from the spec's folder.
 
     Args:
         threads: onnxruntime: intra-op threads. Left out: the runtime's choice.
         optimization: onnxruntime: graph optimisation level.
+        provider: onnxruntime: the execution provider that must run the graph.
+        provider_options: onnxruntime: options of that provider, by its own names: `{ trt_fp16_enable = true }`.
+        cpu_nodes_at_most: onnxruntime on a GPU: the share of the graph's nodes that may fall back to the CPU.
+        mode: torch: `eager`, `compile` (torch.compile), or `aotinductor`, the one that makes a file to release.
+        cast: torch in fp16 or bf16: under `autocast`, or with the `weights` themselves converted.
         workspace_mib: tensorrt, tensorrt_rtx: workspace memory limit.
         builder_optimization_level: tensorrt: 0 to 5.
+        tf32: tensorrt: let what stays in FP32 use TF32 in an fp16, bf16, int8 or fp8 engine.
+        profiles: tensorrt, tensorrt_rtx: several optimization profiles, each the range of every dynamic axis. A shape is
+            run in the first that holds it. Left out: one profile, the ranges of the inputs.
+        timing_cache: tensorrt: a file that tactic timings are read from, where it exists, and written to.
+        tactic_sources: tensorrt: only these. Left out: the version's default, on 8.x without cuBLAS and cuDNN.
+        plugins: tensorrt: plugin libraries to load; their digests are part of the build record.
+        version_compatible: tensorrt: a plan that later minor versions can run too.
+        hardware_compatible: tensorrt: a plan for other GPUs too.
+        strip_weights: tensorrt, tensorrt_rtx: a plan without weights, to be refitted. It cannot be sealed.
+        typing: tensorrt: `strong`: precision is what the graph says. `weak` (8.6 and 10): the compiler chooses,
+            within builder flags, from the FP32 graph. Left out: strong where the version can, else the lowered graph.
+        layer_precisions: tensorrt, weak typing: constraints by pattern of layer names: `{ "/head/*" = "fp32" }`.
+        calibrator: tensorrt, int8 in weak typing: how ranges are found.
+        calibration_cache: tensorrt, int8 in weak typing: a file that ranges are read from, where it exists and
+            belongs to this model, data and version, and written to.
+        cuda_graph: tensorrt: capture the inference and replay it.
     """
 
     threads: PositiveInt | None = None
     optimization: Literal["disabled", "basic", "extended", "all"] | None = None
+    provider: Literal["cpu", "cuda", "tensorrt"] | None = None
+    provider_options: dict[str, str | bool | int | float] | None = None
+    cpu_nodes_at_most: Fraction | None = None
+    mode: Literal["eager", "compile", "aotinductor"] | None = None
+    cast: Literal["autocast", "weights"] | None = None
     workspace_mib: PositiveInt | None = None
     builder_optimization_level: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+    tf32: bool | None = None
+    profiles: tuple[dict[str, AxisRange], ...] | None = None
+    timing_cache: str | None = None
+    tactic_sources: (
+        tuple[Literal["cublas", "cublas_lt", "cudnn", "edge_mask_convolutions", "jit_convolutions"], ...] | None
+    ) = None
+    plugins: tuple[str, ...] | None = None
+    version_compatible: bool | None = None
+    hardware_compatible: Literal["ampere_plus", "same_compute_capability"] | None = None
+    strip_weights: bool | None = None
+    typing: Literal["strong", "weak"] | None = None
+    layer_precisions: dict[str, Literal["fp32", "fp16", "bf16", "int8"]] | None = None
+    calibrator: Literal["entropy", "minmax"] | None = None
+    calibration_cache: str | None = None
+    cuda_graph: bool | None = None
 
 
 OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("threads", "optimization"),
-    "tensorrt_rtx": ("workspace_mib",),
-    "tensorrt": ("workspace_mib", "builder_optimization_level"),
+    "onnxruntime": ("threads", "optimization", "provider", "provider_options", "cpu_nodes_at_most"),
+    "tensorrt_rtx": ("workspace_mib", "profiles", "strip_weights"),
+    "tensorrt": (
+        "workspace_mib",
+        "builder_optimization_level",
+        "tf32",
+        "profiles",
+        "timing_cache",
+        "tactic_sources",
+        "plugins",
+        "version_compatible",
+        "hardware_compatible",
+        "strip_weights",
+        "typing",
+        "layer_precisions",
+        "calibrator",
+        "calibration_cache",
+        "cuda_graph",
+    ),
+    "torch": ("mode", "cast"),
 }
+
+
+class LoweringSpec(_Table, frozen=True):
+    """How the FP32 graph becomes one in the engine's precision.
+
+    Args:
+        tool: int8: `onnxruntime` (the default) or `modelopt`; fp8: `modelopt`. `none`: the graph carries Q/DQ already,
+            from quantisation-aware training, and is taken as it is.
+        method: int8: how the range of an activation is found. onnxruntime: `minmax` (the default), `entropy`,
+            `percentile`; modelopt: `max`, `entropy` (the default).
+        percentile: Of the absolute values, for that method.
+        exclude_nodes: Regular expressions; a node whose whole name matches one stays in FP32.
+        exclude_ops: Operators that stay in FP32.
+        data_max: fp16, bf16: a node that gives a larger absolute value stays in FP32.
+    """
+
+    tool: Literal["onnxruntime", "modelopt", "none"] | None = None
+    method: Literal["minmax", "entropy", "percentile", "max"] | None = None
+    percentile: Annotated[float, msgspec.Meta(gt=50, lt=100)] | None = None
+    exclude_nodes: tuple[str, ...] = ()
+    exclude_ops: tuple[str, ...] = ()
+    data_max: Positive | None = None
 
 
 class EngineSpec(_Table, frozen=True):
@@ -268,12 +357,15 @@ class EngineSpec(_Table, frozen=True):
         backend: What builds and runs it.
         precision: What it computes in.
         evidence: What the checks must rest on: `preflight` compiles only, `host` runs on a CPU, `device` on a GPU.
-            Left out: `host` for onnxruntime, `device` for TensorRT.
+            Left out: `device` for TensorRT and for an onnxruntime provider on a GPU, else `host`. A torch engine runs on
+            the GPU where `device` is asked for.
         optional: Where the backend is not installed, list the engine as NOT RUN instead of an error.
         onnx: An ONNX file that the team exported itself, already in `precision`.
         plan: An engine file that exists already.
         outputs: The engine's own name for an output of the reference: `{ logits = "output_0" }`.
         cast_io: Accept inputs and outputs in another floating dtype than the reference's.
+        lowering: How its precision is made.
+        rebuilds: Build it so many times; the spread of what the builds answer is part of each finding's interval.
     """
 
     name: Name
@@ -286,6 +378,8 @@ class EngineSpec(_Table, frozen=True):
     outputs: dict[str, str] = {}
     cast_io: bool = False
     options: EngineOptions = EngineOptions()
+    lowering: LoweringSpec = LoweringSpec()
+    rebuilds: Annotated[int, msgspec.Meta(ge=1, le=20)] = 1
     parity: ParitySpec | None = None
     task: TaskLimits | None = None
     latency: LatencySpec | None = None
@@ -296,7 +390,17 @@ class EngineSpec(_Table, frozen=True):
     @property
     def required_evidence(self) -> Literal["preflight", "host", "device"]:
         """`evidence`, or the backend's default."""
-        return self.evidence or ("host" if self.backend == "onnxruntime" else "device")
+        return self.evidence or ("device" if self.needs_gpu else "host")
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it runs on nothing else."""
+        return self.backend in ("tensorrt", "tensorrt_rtx") or self.options.provider in ("cuda", "tensorrt")
+
+    @property
+    def brings_scales(self) -> bool:
+        """Whether a quantised engine needs no calibration samples: a graph or engine of the team's own, or QAT."""
+        return self.onnx is not None or self.plan is not None or self.lowering.tool == "none"
 
 
 class PolicySpec(_Table, frozen=True):
@@ -691,15 +795,9 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
                 ("options", key),
                 f"backend {engine.backend!r} has no option {key!r}; it takes {', '.join(OPTIONS_OF[engine.backend])}",
             )
-    if engine.backend == "onnxruntime" and engine.precision == "tf32":
-        yield ("precision",), "tf32 needs a TensorRT backend"
-    if engine.backend == "onnxruntime" and engine.evidence == "device":
-        yield ("evidence",), "backend 'onnxruntime' runs on the CPU: its evidence is host"
-    if engine.backend != "onnxruntime" and engine.evidence == "host":
-        yield (
-            ("evidence",),
-            f"backend {engine.backend!r} runs on a GPU: ask for 'device', or 'preflight' to compile only",
-        )
+    yield from _backend_contradictions(spec, engine)
+    yield from _option_contradictions(spec, engine)
+    yield from _lowering_contradictions(engine)
     checks = {key: getattr(engine, key) for key in ("parity", "task", "latency", "memory", "baseline")}
     asked = {key: table for key, table in checks.items() if table is not None}
     if engine.required_evidence == "preflight":
@@ -708,8 +806,11 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
                 yield (key,), f"evidence 'preflight' compiles and does not run, so it cannot check [engine.{key}]"
         if engine.plan is not None:
             yield ("plan",), "evidence 'preflight' compiles, and a plan is compiled already"
-        if engine.memory is not None and engine.memory.host_peak_mib is not None:
-            yield ("memory", "host_peak_mib"), "evidence 'preflight' does not run, so it has no host_peak_mib"
+        for key in ("host_peak_mib", "device_peak_mib"):
+            if engine.memory is not None and getattr(engine.memory, key) is not None:
+                yield ("memory", key), f"evidence 'preflight' does not run, so it has no {key}"
+        if engine.rebuilds > 1:
+            yield ("rebuilds",), "evidence 'preflight' does not run, so rebuilds have no answers to compare"
     elif not asked:
         yield (
             (),
@@ -730,17 +831,23 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
     if engine.baseline is not None and engine.baseline.top1_drop_at_most_pp is not None and (spec.task is None):
         yield ("baseline", "top1_drop_at_most_pp"), "top1_drop_at_most_pp needs a [task]"
     if (
-        engine.precision == "int8"
+        engine.precision in QUANTIZED
         and engine.required_evidence != "preflight"
         and engine.task is None
         and (engine.parity is None or engine.parity.top1_agreement_at_least is None)
     ):
         yield (
             ("precision",),
-            "int8 is decided by its answers: add [engine.task], or top1_agreement_at_least in [engine.parity]",
+            f"{engine.precision} is decided by its answers: add [engine.task], or top1_agreement_at_least in [engine.parity]",
         )
-    if engine.precision == "int8" and engine.onnx is None and engine.plan is None and spec.data.calibration is None:
-        yield ("precision",), 'int8 needs calibration samples: add calibration = "module:function" to [data]'
+    if engine.precision in QUANTIZED and not engine.brings_scales and spec.data.calibration is None:
+        yield (
+            ("precision",),
+            f'{engine.precision} needs calibration samples: add calibration = "module:function" to [data], or, where the '
+            'model carries Q/DQ from training, lowering = { tool = "none" }',
+        )
+    if engine.plan is not None and engine.rebuilds > 1:
+        yield ("rebuilds",), "a plan that exists already is not built, so it cannot be built again"
     if engine.onnx is None and engine.plan is None and spec.model.outputs is not None:
         yield (), "the reference is stored outputs, so the engine needs its own onnx or plan"
     batch = next(iter(spec.inputs.values())).shape[:1] if spec.inputs else ()
@@ -753,7 +860,175 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
             )
 
 
+def _backend_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple[KeyPath, str]]:
+    """A precision, evidence or source that the backend does not have."""
+    options = engine.options
+    if engine.backend == "onnxruntime" and engine.precision == "tf32" and options.provider in (None, "cpu"):
+        yield ("precision",), 'tf32 needs a GPU: a TensorRT backend, torch, or provider = "cuda"'
+    if engine.backend == "torch" and engine.precision == "tf32" and engine.evidence != "device":
+        yield ("precision",), 'tf32 needs a GPU: add evidence = "device"'
+    if engine.backend == "torch" and engine.precision in QUANTIZED:
+        yield ("precision",), f"backend 'torch' has no {engine.precision}; it takes fp32, tf32, fp16, bf16"
+    if engine.backend == "torch" and engine.onnx is not None:
+        yield ("onnx",), "backend 'torch' is made from the model itself, not from ONNX"
+    if engine.backend == "torch" and engine.plan is None and spec.model.factory is None:
+        yield ("backend",), "backend 'torch' is made from the model itself: [model] needs a factory"
+    if engine.backend == "torch" and engine.evidence == "preflight" and options.mode != "aotinductor":
+        yield ("evidence",), "backend 'torch' compiles ahead of time only with options = { mode = \"aotinductor\" }"
+    if engine.backend == "torch" and engine.plan is not None and options.mode != "aotinductor":
+        yield ("plan",), 'a file that exists already is an AOTInductor package: add options = { mode = "aotinductor" }'
+    if engine.backend == "onnxruntime" and engine.evidence == "device" and not engine.needs_gpu:
+        yield (
+            ("evidence",),
+            "backend 'onnxruntime' runs on the CPU, whose evidence is host; "
+            'options = { provider = "cuda" } runs it on a GPU',
+        )
+    if engine.needs_gpu and engine.evidence == "host":
+        yield (
+            ("evidence",),
+            f"backend {engine.backend!r} runs on a GPU here: ask for 'device', or 'preflight' to compile only",
+        )
+    if engine.latency is not None and engine.latency.timed == "gpu_compute" and engine.required_evidence != "device":
+        yield ("latency", "timed"), 'timed = "gpu_compute" needs an engine on a GPU, evidence "device"'
+    if engine.memory is not None and engine.memory.device_peak_mib is not None and engine.required_evidence == "host":
+        yield ("memory", "device_peak_mib"), 'device_peak_mib needs an engine on a GPU, evidence "device"'
+
+
+def _option_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple[KeyPath, str]]:
+    """Options that need another option."""
+    options = engine.options
+    if engine.backend == "onnxruntime" and options.provider in (None, "cpu"):
+        for key in ("provider_options", "cpu_nodes_at_most"):
+            if getattr(options, key) is not None:
+                yield ("options", key), f'{key} needs provider = "cuda" or "tensorrt"'
+    if options.cast is not None and engine.precision not in ("fp16", "bf16"):
+        yield ("options", "cast"), f"cast is for fp16 and bf16, the precision is {engine.precision}"
+    weak = ("layer_precisions", "calibrator", "calibration_cache")
+    for key in weak:
+        if getattr(options, key) is not None and options.typing != "weak":
+            yield ("options", key), f'{key} needs typing = "weak": in strong typing the graph says the precision'
+    for key in weak[1:]:
+        if getattr(options, key) is not None and engine.precision != "int8":
+            yield ("options", key), f"{key} is for int8, the precision is {engine.precision}"
+    if options.typing == "weak" and engine.precision == "fp8":
+        yield ("options", "typing"), "fp8 is explicit Q/DQ: it has no weak typing"
+    if options.tf32 is not None and engine.precision in ("fp32", "tf32"):
+        yield (
+            ("options", "tf32"),
+            f'tf32 is for lower precisions; here ask for precision = "{"tf32" if options.tf32 else "fp32"}"',
+        )
+    for index, ranges in enumerate(options.profiles or ()):
+        yield from _profile_contradictions(spec, ranges, index)
+    if options.profiles is not None and not options.profiles:
+        yield ("options", "profiles"), "profiles is empty"
+    if options.profiles:
+        for axis, whole in _axes(spec).items():
+            parts = sorted((each[axis].min, each[axis].max) for each in options.profiles if axis in each)
+            if not parts:
+                continue
+            reached = whole.min - 1
+            for low, high in parts:
+                if low > reached + 1:
+                    break
+                reached = max(reached, high)
+            if reached < whole.max:
+                yield (
+                    ("options", "profiles"),
+                    f"no profile holds {axis} = {reached + 1}, which [inputs] allows ({whole.min} to {whole.max})",
+                )
+
+
+def _profile_contradictions(
+    spec: GateSpec, ranges: Mapping[str, AxisRange], index: int
+) -> Iterator[tuple[KeyPath, str]]:
+    key = ("options", "profiles", index)
+    axes = _axes(spec)
+    for axis in axes:
+        if axis not in ranges:
+            yield key, f"profile {index} has no range for axis {axis!r}"
+    for axis, sizes in ranges.items():
+        if axis not in axes:
+            yield key, f"profile {index} has axis {axis!r}{_did_you_mean(axis, list(axes))}"
+        elif not axes[axis].min <= sizes.min <= sizes.opt <= sizes.max <= axes[axis].max:
+            yield (
+                key,
+                f"profile {index} {axis}: needs min <= opt <= max within {axes[axis].min} to {axes[axis].max}, "
+                f"got {sizes.min}, {sizes.opt}, {sizes.max}",
+            )
+
+
+def _axes(spec: GateSpec) -> dict[str, AxisRange]:
+    """Every dynamic axis of the inputs, by name."""
+    return {name: sizes for each in spec.inputs.values() for name, sizes in each.axes.items()}
+
+
+def _lowering_contradictions(engine: EngineSpec) -> Iterator[tuple[KeyPath, str]]:
+    """Keys of [engine.lowering] that the precision or the tool does not have."""
+    lowering = engine.lowering
+    given = [key for key in LoweringSpec.__struct_fields__ if getattr(lowering, key) not in (None, ())]
+    if not given:
+        return
+    for key, what in (("onnx", "an onnx of its own"), ("plan", "a plan")):
+        if getattr(engine, key) is not None:
+            yield ("lowering",), f"[engine.lowering] does nothing beside {what}"
+            return
+    if engine.backend == "torch" or engine.options.typing == "weak" or engine.precision in ("fp32", "tf32"):
+        why = (
+            "backend 'torch' is not lowered"
+            if engine.backend == "torch"
+            else 'typing = "weak" compiles the FP32 graph'
+            if engine.options.typing == "weak"
+            else f"{engine.precision} is not lowered"
+        )
+        yield ("lowering",), f"[engine.lowering] does nothing here: {why}"
+        return
+    takes: Mapping[str, tuple[str, ...]] = {
+        "fp16": ("exclude_nodes", "exclude_ops", "data_max"),
+        "bf16": ("exclude_nodes", "exclude_ops", "data_max"),
+        "int8": ("tool", "method", "percentile", "exclude_nodes", "exclude_ops"),
+        "fp8": ("tool", "exclude_nodes", "exclude_ops"),
+    }
+    for key in given:
+        if key not in takes[engine.precision]:
+            yield (
+                ("lowering", key),
+                f"[engine.lowering] {key} is not for {engine.precision}; it takes {', '.join(takes[engine.precision])}",
+            )
+    if lowering.tool == "none" and len(given) > 1:
+        yield ("lowering", "tool"), 'tool = "none" takes the graph as it is, and no other key'
+    if engine.precision == "fp8" and lowering.tool == "onnxruntime":
+        yield ("lowering", "tool"), "fp8 is made by modelopt"
+    methods = {"modelopt": ("max", "entropy")}.get(lowering.tool or "", ("minmax", "entropy", "percentile"))
+    if lowering.method is not None and lowering.tool != "none" and lowering.method not in methods:
+        yield (
+            ("lowering", "method"),
+            f"method {lowering.method!r} is not of {lowering.tool or 'onnxruntime'}; it has {', '.join(methods)}",
+        )
+    if lowering.percentile is not None and lowering.method != "percentile":
+        yield ("lowering", "percentile"), 'percentile needs method = "percentile"'
+    for index, pattern in enumerate(lowering.exclude_nodes):
+        try:
+            re.compile(pattern)
+        except re.error as err:
+            yield ("lowering", "exclude_nodes"), f"exclude_nodes[{index}] = {pattern!r} is no regular expression: {err}"
+
+
+def located(engine: EngineSpec, folder: Path) -> EngineSpec:
+    """The engine with the paths of its options as absolute ones, which start from the spec's folder."""
+    options = engine.options
+    changed: dict[str, Any] = {
+        key: str(folder / value)
+        for key in ("timing_cache", "calibration_cache")
+        if (value := getattr(options, key)) is not None
+    }
+    if options.plugins is not None:
+        changed["plugins"] = tuple(str(folder / each) for each in options.plugins)
+    if not changed:
+        return engine
+    return msgspec.structs.replace(engine, options=msgspec.structs.replace(options, **changed))
+
+
 _BUDGETS: Mapping[str, tuple[str, ...]] = {
     "latency": ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_at_least"),
-    "memory": ("engine_mib", "host_peak_mib"),
+    "memory": ("engine_mib", "host_peak_mib", "device_peak_mib"),
 }

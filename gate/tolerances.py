@@ -27,13 +27,22 @@ DEFAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
         "fp16": MappingProxyType({"rel_rmse": 2e-3, "cosine_distance": 5e-6, "allclose_at_least": 0.999}),
         "bf16": MappingProxyType({"rel_rmse": 1.6e-2, "cosine_distance": 3e-4, "allclose_at_least": 0.999}),
         "int8": MappingProxyType({"rel_rmse": 5e-2, "cosine_distance": 1e-2, "mean_cosine_distance": 2e-3}),
+        "fp8": MappingProxyType({"rel_rmse": 1.5e-1, "cosine_distance": 3e-2, "mean_cosine_distance": 1e-2}),
     }
 )
 """Limits by precision and key of `[engine.parity]`. `max_abs` follows from `rel_rmse`; exact outputs must be equal."""
 
 _ROUNDING: Mapping[str, float] = MappingProxyType(
-    # k times the precision's epsilon: 64 for fp32, 4 for the others; int8's epsilon is a 128th of its range.
-    {"fp32": 64 * 2.0**-23, "tf32": 4 * 2.0**-10, "fp16": 4 * 2.0**-10, "bf16": 4 * 2.0**-7, "int8": 4 * 2.0**-7}
+    # k times the precision's epsilon: 64 for fp32, 4 for the others; int8's epsilon is a 128th of its range, and
+    # e4m3 has three bits behind the point.
+    {
+        "fp32": 64 * 2.0**-23,
+        "tf32": 4 * 2.0**-10,
+        "fp16": 4 * 2.0**-10,
+        "bf16": 4 * 2.0**-7,
+        "int8": 4 * 2.0**-7,
+        "fp8": 4 * 2.0**-3,
+    }
 )
 
 _CHECK_OF = {
@@ -57,7 +66,7 @@ _ORDER = (
     "top5_agreement_at_least",
 )
 _AGREEMENT = ("top1_agreement_at_least", "top5_agreement_at_least")
-METAMORPHIC: Mapping[str, float] = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2, "int8": 1e-2}
+METAMORPHIC: Mapping[str, float] = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2, "int8": 1e-2, "fp8": 5e-2}
 """What a sample's answer may differ by, relatively, when it is asked for in another way. Other kernels round otherwise;
 for INT8 that turns a few values over to the next step, far less than quantisation itself changes."""
 

@@ -83,7 +83,7 @@ def test_the_noise_of_a_precision_passes_its_defaults_and_ten_times_more_fails(p
 
 
 def test_every_precision_of_the_spec_has_defaults():
-    assert set(DEFAULTS) == {"fp32", "tf32", "fp16", "bf16", "int8"}
+    assert set(DEFAULTS) == {"fp32", "tf32", "fp16", "bf16", "int8", "fp8"}
     with pytest.raises(SpecError, match="no limits for precision 'fp4'"):
         default_limits("fp4")
 

@@ -179,7 +179,7 @@ def _from_factory(name: str, given: tuple[Tensor, ...], out: Path) -> Model:
         import torch
     except ImportError as err:
         raise SpecError("a factory needs PyTorch", hint='pip install "trt-gate[torch]"') from err
-    from gate.engines.torch import TorchRunner, require_module
+    from gate.engines.torch.runner import TorchRunner, require_module
     from gate.factory import load_callable
     from gate.spec import spec_from_text
 

@@ -10,7 +10,7 @@ from gate.errors import SpecError
 if TYPE_CHECKING:
     from gate.engines.interface import Backend
 
-BACKENDS = ("onnxruntime", "tensorrt_rtx", "tensorrt")
+BACKENDS = ("onnxruntime", "tensorrt_rtx", "tensorrt", "torch")
 
 
 def backend(name: str) -> Backend:
@@ -24,9 +24,13 @@ def backend(name: str) -> Backend:
 
         return OnnxRuntimeBackend()
     if name in ("tensorrt_rtx", "tensorrt"):
-        from gate.engines.tensorrt import TensorRTBackend
+        from gate.engines.tensorrt.backend import TensorRTBackend
 
         return TensorRTBackend(name)
+    if name == "torch":
+        from gate.engines.torch.backend import TorchBackend
+
+        return TorchBackend()
     near = difflib.get_close_matches(name, BACKENDS, n=1)
     raise SpecError(
         f"there is no backend {name!r}"

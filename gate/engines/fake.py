@@ -10,8 +10,8 @@ import numpy as np
 
 from gate import atomic
 from gate.engines.feed import metas_from_spec, profile_of, require_feed
-from gate.engines.interface import BuildRecord, Layer
-from gate.errors import RunError
+from gate.engines.interface import BuildRecord, Layer, Origin, Resources
+from gate.errors import BuildError, RunError
 from gate.spec import EngineSpec, GateSpec
 from gate.tensors import Array, NamedArrays, TensorMeta
 from gate.verdict import Evidence
@@ -116,16 +116,37 @@ class FakeBackend:
         """A fixed version."""
         return "1.0"
 
-    def runs_here(self) -> Evidence | None:
+    def runs_here(self, engine: EngineSpec) -> Evidence | None:  # noqa: ARG002 - the Protocol's
         """As it was made."""
         return self._evidence
 
-    def file_name(self) -> str:
+    def origin(self, engine: EngineSpec) -> Origin:  # noqa: ARG002 - the Protocol's
+        """The lowered graph."""
+        return "lowered"
+
+    def file_name(self, engine: EngineSpec) -> str:  # noqa: ARG002 - the Protocol's
         """`model.onnx`."""
         return "model.onnx"
 
-    def build(self, *, onnx: Path, out: Path, spec: GateSpec, engine: EngineSpec) -> BuildRecord:
+    def unsealable(self, engine: EngineSpec) -> str | None:  # noqa: ARG002 - the Protocol's
+        """None: it is sealed."""
+        return None
+
+    def require_supported(self, engine: EngineSpec) -> None:
+        """It has no options."""
+
+    def build(
+        self,
+        *,
+        onnx: Path | None,
+        out: Path,
+        spec: GateSpec,
+        engine: EngineSpec,
+        resources: Resources | None = None,  # noqa: ARG002 - the Protocol's
+    ) -> BuildRecord:
         """Copy the file."""
+        if onnx is None:
+            raise BuildError("the fake copies an ONNX file, and there is none")
         atomic.write_bytes(out, onnx.read_bytes())
         layers = self._layers if self._layers is not None else (Layer("fake", "MatMul", engine.precision),)
         return BuildRecord(

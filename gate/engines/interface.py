@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -15,11 +17,86 @@ from gate.verdict import Evidence
 
 
 class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One layer of an engine (or node of a lowered graph): its name, type and the precision it runs in."""
+    """One layer of an engine (or node of a lowered graph): its name, type and the precision it runs in.
+
+    Args:
+        tactic: The kernel that the compiler chose, where the engine inspector says.
+        format: The memory format of its first output, likewise.
+    """
 
     name: str
     type: str
     precision: str
+    tactic: str = ""
+    format: str = ""
+
+
+class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What calibration saw of an activation, and the range that its scale covers.
+
+    Args:
+        name: Of the tensor in the FP32 graph.
+        low, high: What the lowest and the highest step of the quantised type stand for.
+        clipped_fraction: Calibration values outside of it; None where they were not counted.
+        max_abs: The largest absolute value that calibration saw; None where it was not recorded.
+        p999_abs: 99.9 % of the absolute values are at most this, within the bins of a histogram; None likewise.
+        state: `dead`: zeros only. `constant`: one value only. `outliers`: max_abs is far above p999_abs, so that a few
+            values take most of the steps.
+    """
+
+    name: str
+    low: float
+    high: float
+    clipped_fraction: float | None = None
+    max_abs: float | None = None
+    p999_abs: float | None = None
+    state: Literal["ok", "dead", "constant", "outliers"] = "ok"
+
+
+class CalibrationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a quantised engine was calibrated on, and what came out.
+
+    Args:
+        tool: What calibrated, with its version.
+        method: `minmax`, `entropy`, `percentile` or `max`.
+        samples: How many.
+        sha256: Of the samples: names, dtypes, shapes and bytes, however they were batched.
+        ranges: Of the quantised activations, in graph order; empty where the tool does not say.
+        notes: What a reader should know: too few samples, another scale than the evaluation data, dead tensors.
+    """
+
+    tool: str = ""
+    method: str
+    samples: int
+    sha256: str
+    ranges: tuple[TensorRange, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class LoweringRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a graph was lowered.
+
+    Args:
+        precision: As asked for.
+        tool, tool_version: What did it; `copy` where there was nothing to do, or the graph carried Q/DQ already.
+        opset: Of the result. bf16 needs 22, so a lower one is raised to that.
+        layers: Its nodes with their precision.
+        calibration: Of int8 and fp8; None for the others.
+        notes: What a reader should know.
+    """
+
+    precision: str
+    tool: str
+    tool_version: str
+    opset: int
+    layers: tuple[Layer, ...]
+    calibration: CalibrationRecord | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of nodes by precision, most frequent first."""
+        return dict(Counter(layer.precision for layer in self.layers).most_common())
 
 
 class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,6 +112,9 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         layers_source: Where the list comes from: `network` (typed, before tactics), `inspector` or `graph`.
         log: The compiler's warnings and errors.
         command: An equivalent command line for the vendor's own tool, where there is one.
+        seconds: Wall time of the build; None where nothing was built.
+        digests: sha256 of the other files that it was made with, by name: plugin libraries, a calibration cache.
+        calibration: Of a calibrator in weak typing; explicit Q/DQ has it in its lowering record.
     """
 
     backend: str
@@ -46,6 +126,9 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     layers_source: str = "graph"
     log: tuple[str, ...] = ()
     command: str | None = None
+    seconds: float | None = None
+    digests: dict[str, str] = {}
+    calibration: CalibrationRecord | None = None
 
 
 class Runner(Protocol):
@@ -84,8 +167,70 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class GpuTimed(Protocol):
+    """A runner on a GPU that can time the engine alone."""
+
+    def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
+        """A call that runs one inference on inputs that lie on the device, and returns its time there.
+
+        Returns:
+            A function that returns the nanoseconds between two CUDA events around the engine, without the copies.
+
+        Raises:
+            RunError: As `Runner.run`.
+        """
+        ...
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A runner that can make another of the same loaded engine, with an execution context of its own."""
+
+    def fresh(self) -> Runner:
+        """Another runner; it keeps nothing that earlier runs left behind, and is closed on its own.
+
+        Raises:
+            RunError: It cannot be made.
+        """
+        ...
+
+
+class Progress(Protocol):
+    """Told what a build is doing."""
+
+    def __call__(self, name: str, done: float | None, /) -> None:
+        """A phase, and the share of it that is done, 0 to 1; None where that is not known."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a build may use beside the graph; None where there is none. Each is called only when it is needed.
+
+    Args:
+        model: Gives the `torch.nn.Module` in eval mode, on the CPU.
+        feeds: Gives sample inputs of several batch sizes, for tools that trace.
+        calibration: Gives the calibration samples in batches, by input name.
+        calibration_sha256: Digest of these samples.
+        onnx_sha256: Digest of the graph that is built, its external data included.
+        progress: Told what happens.
+    """
+
+    model: Callable[[], Any] | None = None
+    feeds: Callable[[], tuple[dict[str, Array], ...]] | None = None
+    calibration: Callable[[], Iterable[NamedArrays]] | None = None
+    calibration_sha256: str | None = None
+    onnx_sha256: str | None = None
+    progress: Progress | None = None
+
+
+Origin = Literal["lowered", "exported", "model"]
+"""What a backend builds an engine from: the graph in its precision, the FP32 graph, or the PyTorch model."""
+
+
 class Backend(Protocol):
-    """One way to make and run engines."""
+    """One way to make and run engines. Paths in an engine's options are absolute here (`gate.spec.located`)."""
 
     name: str
 
@@ -97,16 +242,41 @@ class Backend(Protocol):
         """
         ...
 
-    def runs_here(self) -> Evidence | None:
+    def runs_here(self, engine: EngineSpec) -> Evidence | None:
         """The evidence that a run here gives (`host`, `device`), or None where it can only compile."""
         ...
 
-    def file_name(self) -> str:
+    def origin(self, engine: EngineSpec) -> Origin:
+        """What the engine is built from."""
+        ...
+
+    def file_name(self, engine: EngineSpec) -> str:
         """What the engine's file is called in a cache entry or bundle: `model.onnx`, `model.plan`."""
         ...
 
-    def build(self, *, onnx: Path, out: Path, spec: GateSpec, engine: EngineSpec) -> BuildRecord:
-        """Make the engine from an ONNX file that is already in its precision, and write it to `out`.
+    def unsealable(self, engine: EngineSpec) -> str | None:
+        """Why such an engine is not sealed, whatever its verdict; None where it is."""
+        ...
+
+    def require_supported(self, engine: EngineSpec) -> None:
+        """Hold the engine's options against the installed version, before anything is made.
+
+        Raises:
+            SpecError: The version does not have one of them; says what to use instead.
+        """
+        ...
+
+    def build(
+        self, *, onnx: Path | None, out: Path, spec: GateSpec, engine: EngineSpec, resources: Resources | None = None
+    ) -> BuildRecord:
+        """Make the engine and write it to `out`.
+
+        Args:
+            onnx: The graph that `origin` asks for; None where it asks for the model.
+            out: The file to write.
+            spec: Its inputs and their ranges.
+            engine: What is asked for.
+            resources: What it may use beside the graph.
 
         Raises:
             BuildError: The compiler refused the graph; carries its log and the node.

@@ -14,7 +14,7 @@ import numpy as np
 from gate import atomic
 from gate.engines.feed import profile_of, require_feed, require_inputs
 from gate.engines.graph import external_files, has_external_data, layers_of, unsafe_external_file
-from gate.engines.interface import BuildRecord
+from gate.engines.interface import BuildRecord, Origin, Resources
 from gate.errors import BackendUnavailable, BuildError, RunError
 from gate.spec import EngineOptions, EngineSpec, GateSpec
 from gate.tensors import Array, NamedArrays, TensorMeta
@@ -59,15 +59,34 @@ class OnnxRuntimeBackend:
                 continue
         raise BackendUnavailable("backend 'onnxruntime' is not installed", hint='pip install "trt-gate[onnxruntime]"')
 
-    def runs_here(self) -> Evidence | None:
+    def runs_here(self, engine: EngineSpec) -> Evidence | None:  # noqa: ARG002 - the same for every engine
         """`host`: it runs on any CPU."""
         return Evidence.HOST
 
-    def file_name(self) -> str:
+    def origin(self, engine: EngineSpec) -> Origin:  # noqa: ARG002 - the same for every engine
+        """The lowered graph."""
+        return "lowered"
+
+    def file_name(self, engine: EngineSpec) -> str:  # noqa: ARG002 - the same for every engine
         """`model.onnx`."""
         return "model.onnx"
 
-    def build(self, *, onnx: Path, out: Path, spec: GateSpec, engine: EngineSpec) -> BuildRecord:
+    def unsealable(self, engine: EngineSpec) -> str | None:  # noqa: ARG002 - the same for every engine
+        """None: what was checked is the file."""
+        return None
+
+    def require_supported(self, engine: EngineSpec) -> None:
+        """Nothing depends on the version."""
+
+    def build(
+        self,
+        *,
+        onnx: Path | None,
+        out: Path,
+        spec: GateSpec,
+        engine: EngineSpec,
+        resources: Resources | None = None,  # noqa: ARG002 - a graph is all it takes
+    ) -> BuildRecord:
         """Prove that the runtime loads the graph, list its nodes, and copy it, with its external data.
 
         Raises:
@@ -75,6 +94,8 @@ class OnnxRuntimeBackend:
             BackendUnavailable: ONNX Runtime is not installed.
         """
         version = self.version()
+        if onnx is None:
+            raise BuildError("backend 'onnxruntime' builds from ONNX, and there is none")
         model, externals = _read_model(onnx)
         try:
             session = _session(onnx, engine.options)

@@ -31,7 +31,7 @@ from gate.statistics import (
 from gate.tensors import Array
 from gate.verdict import Evidence, Finding, Interval, Limit, Status
 
-DEFAULT_DROP_PP: Mapping[str, float] = {"fp32": 0.1, "tf32": 0.1, "fp16": 0.1, "bf16": 0.2, "int8": 0.5}
+DEFAULT_DROP_PP: Mapping[str, float] = {"fp32": 0.1, "tf32": 0.1, "fp16": 0.1, "bf16": 0.2, "int8": 0.5, "fp8": 0.5}
 """Allowed drop of top-1 against the reference, in percentage points, where the spec has no key in [engine.task]."""
 
 _TOP5_CLASSES = 6

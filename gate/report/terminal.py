@@ -295,6 +295,9 @@ class PlainProgress:
     def advance(self, steps: int = 1) -> None:
         """Steps are not shown in a log."""
 
+    def phase(self, name: str, done: float | None) -> None:
+        """Phases of a compiler are not shown in a log."""
+
     def note(self, text: str) -> None:
         """Something a reader should know."""
         self._write(f"{'note':<11} {text}")
@@ -346,6 +349,12 @@ class Bars:
         """So many steps are done."""
         if self._task is not None:
             self._progress.advance(self._task, steps)
+
+    def phase(self, name: str, done: float | None) -> None:
+        """The compiler's phase takes the place of the stage's name; its share becomes the bar's."""
+        if self._task is not None:
+            total = None if done is None else 1.0
+            self._progress.update(self._task, description=f"{name:.40}", total=total, completed=done or 0.0)
 
     def note(self, text: str) -> None:
         """A line above the bar that stays."""

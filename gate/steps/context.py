@@ -36,6 +36,10 @@ class Observer(Protocol):
         """So many steps of the current stage are done."""
         ...
 
+    def phase(self, name: str, done: float | None) -> None:
+        """A compiler is in a phase of the current stage; `done` is the share of it, where it is known."""
+        ...
+
     def note(self, text: str) -> None:
         """Something a reader should know: what was reused, a cache entry that was rebuilt."""
         ...
@@ -52,6 +56,9 @@ class Silence:
         """Nothing."""
 
     def advance(self, steps: int = 1) -> None:
+        """Nothing."""
+
+    def phase(self, name: str, done: float | None) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:

@@ -15,7 +15,7 @@ from gate.errors import BuildError, DataError, GateError, RunError
 from gate.metamorphic import applicable_checks, metamorphic_findings
 from gate.reference import Recording, batch_size, run_filled
 from gate.results import EngineResult, OutputMetrics, TaskMetrics
-from gate.spec import EngineSpec, LatencySpec, SpecFile
+from gate.spec import EngineSpec, LatencySpec, SpecFile, located
 from gate.steps.context import Context, scores_output
 from gate.steps.make import Made, make_engine
 from gate.tensors import Array, mismatches
@@ -27,7 +27,7 @@ DIAGNOSED_ROWS = 256
 def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineResult:
     """Build, run and judge one engine. What goes wrong in it is a Failure of its own."""
     preflight = engine.required_evidence == "preflight"
-    evidence = Evidence.PREFLIGHT if preflight else backend.runs_here() or Evidence.PREFLIGHT
+    evidence = Evidence.PREFLIGHT if preflight else backend.runs_here(engine) or Evidence.PREFLIGHT
     result = EngineResult(
         name=engine.name, backend=engine.backend, precision=engine.precision, verdict=None, evidence=evidence
     )
@@ -47,11 +47,12 @@ def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineRe
         calibration_sha256=made.calibration_sha256,
         reused=made.reused,
         notes=made.notes,
+        lowering=made.lowering,
     )
     findings.extend(_build_findings(engine, made, size, file=run.file))
     if not preflight:
         try:
-            with backend.open(made.path, spec=run.spec, engine=engine) as runner:
+            with backend.open(made.path, spec=run.spec, engine=located(engine, run.file.folder)) as runner:
                 result = _run_engine(run, engine, runner, result, findings=findings)
         except GateError as err:
             findings.append(_failure("run", err, evidence))

@@ -11,11 +11,11 @@ import numpy as np
 
 from gate.engines.feed import profile_of
 from gate.engines.graph import layers_of, opset_of
-from gate.engines.interface import Backend, BuildRecord
+from gate.engines.interface import Backend, BuildRecord, LoweringRecord, Resources
 from gate.errors import BuildError
 from gate.manifest import sha256_hex
 from gate.reference import batch_size, file_digest, onnx_digest, recorded_graph
-from gate.spec import EngineSpec
+from gate.spec import QUANTIZED, EngineSpec, LoweringSpec, located
 from gate.steps.context import Context, Exported
 from gate.tensors import Array
 from gate.verdict import Evidence
@@ -103,10 +103,28 @@ class Made:
     calibration_sha256: str | None
     reused: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    lowering: LoweringRecord | None = None
 
 
-def make_engine(run: Context, engine: EngineSpec, backend: Backend) -> Made:
-    """The engine's file: lowered and built, or the team's own."""
+@dataclass(frozen=True)
+class _Graph:
+    """What an engine is built from: an ONNX file, or none where it is the model itself."""
+
+    path: Path | None
+    sha256: str
+    opset: int | None
+    calibration_sha256: str | None = None
+    reused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    lowering: LoweringRecord | None = None
+
+
+def make_engine(run: Context, engine: EngineSpec, backend: Backend, *, rebuild: int = 0) -> Made:
+    """The engine's file: lowered and built, or the team's own.
+
+    Args:
+        rebuild: Which of several builds of the same engine.
+    """
     if engine.plan is not None:
         path = run.file.folder / engine.plan
         _require_file(path, run, engine, "plan")
@@ -115,33 +133,27 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend) -> Made:
             return Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), _opset(path), None, ())
         note = f"precision {engine.precision} is what the spec says of this plan; its layers were not listed"
         return Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), None, None, (), (note,))
-    reused: list[str] = []
-    calibration_sha256: str | None = None
-    notes: tuple[str, ...] = ()
-    if engine.onnx is not None:
-        path = run.file.folder / engine.onnx
-        _require_file(path, run, engine, "onnx")
-        lowered_path, lowered_sha256, opset = path, onnx_digest(path), _opset(path)
-    else:
-        exported = exported_graph(run)
-        if exported.reused:
-            reused.append("export")
-        lowered = lowered_graph(run, engine.precision, exported)
-        if lowered.reused:
-            reused.append("lowered")
-        lowered_path, lowered_sha256, opset = lowered.path, lowered.sha256, lowered.opset
-        calibration_sha256, notes = lowered.calibration_sha256, lowered.notes
+    here = located(engine, run.file.folder)
+    graph = _graph_for(run, engine, backend)
+    calibrates = engine.options.typing == "weak" and engine.precision == "int8" and not engine.brings_scales
+    calibration_sha256 = run.calibration()[1].inputs_sha256 if calibrates else graph.calibration_sha256
+    reused = list(graph.reused)
     with run.stage("build", engine=engine.name):
-        key = run.cache.entry_key(
-            lowered=lowered_sha256,
-            backend=engine.backend,
-            version=backend.version(),
-            precision=engine.precision,
-            options=msgspec.to_builtins(engine.options),
-            inputs={name: msgspec.to_builtins(each) for name, each in run.spec.inputs.items()},
-            cast_io=engine.cast_io,
-            device=_device_key(backend),
-        )
+        parts: dict[str, object] = {
+            "lowered": graph.sha256,
+            "backend": engine.backend,
+            "version": backend.version(),
+            "precision": engine.precision,
+            "options": msgspec.to_builtins(engine.options),
+            "files": _option_digests(here),
+            "inputs": {name: msgspec.to_builtins(each) for name, each in run.spec.inputs.items()},
+            "cast_io": engine.cast_io,
+            "evidence": engine.required_evidence,
+            "device": _device_key(backend, engine),
+            "calibration": calibration_sha256 if calibrates else None,
+            "rebuild": rebuild,
+        }
+        key = run.cache.entry_key(**parts)
         entry: Entry | None = run.cache.get("engine", key)
         if entry is not None:
             reused.append("engine")
@@ -150,29 +162,92 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend) -> Made:
 
             def make(folder: Path) -> None:
                 record = backend.build(
-                    onnx=lowered_path, out=folder / backend.file_name(), spec=run.spec, engine=engine
+                    onnx=graph.path,
+                    out=folder / backend.file_name(engine),
+                    spec=run.spec,
+                    engine=here,
+                    resources=_resources(run, graph, calibration_sha256 if calibrates else None),
                 )
                 meta["build"] = msgspec.to_builtins(record)
 
             entry = run.cache.put("engine", key, make, meta)
         record = msgspec.convert(entry.meta["build"], BuildRecord)
-    name = backend.file_name()
+    name = backend.file_name(engine)
     return Made(
         path=entry.path(name),
         sha256=entry.sha256(name),
         build=record,
-        opset=opset,
+        opset=graph.opset,
         calibration_sha256=calibration_sha256,
         reused=tuple(reused),
-        notes=notes,
+        notes=(*graph.notes, *(record.calibration.notes if record.calibration is not None else ())),
+        lowering=graph.lowering,
     )
 
 
-def _device_key(backend: Backend) -> str:
+def _graph_for(run: Context, engine: EngineSpec, backend: Backend) -> _Graph:
+    """The graph that an engine is built from."""
+    if engine.onnx is not None:
+        path = run.file.folder / engine.onnx
+        _require_file(path, run, engine, "onnx")
+        return _Graph(path, onnx_digest(path), _opset(path))
+    origin = backend.origin(engine)
+    if origin == "model":
+        return _Graph(None, run.identity.sha256, None)
+    exported = exported_graph(run)
+    reused = ("export",) if exported.reused else ()
+    if origin == "exported":
+        return _Graph(exported.path, exported.sha256, exported.opset, reused=reused)
+    lowered = lowered_graph(run, engine, exported)
+    return _Graph(
+        lowered.path,
+        lowered.sha256,
+        lowered.opset,
+        calibration_sha256=lowered.calibration_sha256,
+        reused=(*reused, "lowered") if lowered.reused else reused,
+        notes=lowered.notes,
+        lowering=lowered.record,
+    )
+
+
+def _resources(run: Context, graph: _Graph, calibration_sha256: str | None) -> Resources:
+    """What a build may ask for; each is opened only when it is asked for."""
+    calibrates = calibration_sha256 is not None
+    size = batch_size(run.file)
+    return Resources(
+        model=(lambda: run.model.module) if run.options.reference is None else None,
+        feeds=lambda: _export_feeds(run),
+        calibration=(lambda: (batch.inputs for batch in run.calibration()[0].batches(size))) if calibrates else None,
+        calibration_sha256=calibration_sha256,
+        onnx_sha256=graph.sha256,
+        progress=run.observer.phase,
+    )
+
+
+def _option_digests(engine: EngineSpec) -> dict[str, str]:
+    """sha256 of the files that the options name and that decide what is built.
+
+    Raises:
+        BuildError: A plugin library is missing.
+    """
+    found: dict[str, str] = {}
+    for name in engine.options.plugins or ():
+        if not Path(name).is_file():
+            raise BuildError(
+                f"there is no plugin library {name}", hint="options.plugins starts from the spec's folder."
+            )
+        found[name] = file_digest(Path(name))
+    cache = engine.options.calibration_cache
+    if cache is not None and Path(cache).is_file():
+        found[cache] = file_digest(Path(cache))
+    return found
+
+
+def _device_key(backend: Backend, engine: EngineSpec) -> str:
     """What a compiled engine depends on beside its inputs: the GPU where there is one."""
     from gate.device import fingerprint
 
-    if backend.runs_here() is not Evidence.DEVICE:
+    if backend.runs_here(engine) is not Evidence.DEVICE:
         return "host"
     device = fingerprint(for_gpu=True)
     return f"{device.name} {device.compute_capability} {device.driver}"
@@ -202,8 +277,8 @@ def backend_record_of_plan(backend: Backend, engine: EngineSpec, run: Context) -
 
 
 @dataclass(frozen=True)
-class _Lowered:
-    """The exported graph in an engine's precision."""
+class Lowered:
+    """The exported graph in an engine's precision. `record` is None where it comes from a recording."""
 
     path: Path
     sha256: str
@@ -211,26 +286,35 @@ class _Lowered:
     calibration_sha256: str | None
     reused: bool
     notes: tuple[str, ...] = ()
+    record: LoweringRecord | None = None
 
 
-def lowered_graph(run: Context, precision: str, exported: Exported) -> _Lowered:
-    """The exported graph in a precision: from the recording, from the cache, or made now."""
+def graph_name(engine: EngineSpec) -> str:
+    """What an engine's lowered graph is called in a recording: its precision, and a digest of how where it says how."""
+    if engine.lowering == LoweringSpec():
+        return engine.precision
+    return f"{engine.precision}-{sha256_hex(msgspec.json.encode(engine.lowering))[:8]}"
+
+
+def lowered_graph(run: Context, engine: EngineSpec, exported: Exported) -> Lowered:
+    """The exported graph in an engine's precision: from the recording, from the cache, or made now."""
     if run.options.reference is not None:
-        graph = recorded_graph(run.options.reference, precision)
-        return _Lowered(graph.path, onnx_digest(graph.path), graph.opset, graph.calibration_sha256, reused=True)
+        graph = recorded_graph(run.options.reference, graph_name(engine))
+        return Lowered(graph.path, onnx_digest(graph.path), graph.opset, graph.calibration_sha256, reused=True)
     from gate.lower import lower, tool_version
 
     calibration_sha256: str | None = None
-    with run.stage("lower", engine=precision):
-        calibrated = precision == "int8"
+    with run.stage("lower", engine=engine.precision):
+        calibrated = engine.precision in QUANTIZED and not engine.brings_scales
         if calibrated:
             calibration_sha256 = run.calibration()[1].inputs_sha256
         key = run.cache.entry_key(
             onnx=exported.sha256,
-            precision=precision,
+            precision=engine.precision,
+            lowering=msgspec.to_builtins(engine.lowering),
             calibration=calibration_sha256,
             batch=batch_size(run.file) if calibrated else None,
-            tool=tool_version(precision),
+            tool=tool_version(engine.precision, engine.lowering),
         )
         entry = run.cache.get("lowered", key)
         reused = entry is not None
@@ -244,14 +328,20 @@ def lowered_graph(run: Context, precision: str, exported: Exported) -> _Lowered:
                     else None
                 )
                 path = folder / "model.onnx"
-                record = lower(exported.path, precision=precision, out=path, calibration=batches)
+                record = lower(
+                    exported.path, precision=engine.precision, out=path, calibration=batches, lowering=engine.lowering
+                )
                 meta.update(msgspec.to_builtins(record))
 
             entry = run.cache.put("lowered", key, make, meta)
-    return _Lowered(
+    record = msgspec.convert(entry.meta, LoweringRecord)
+    notes = (*record.notes, *(record.calibration.notes if record.calibration is not None else ()))
+    return Lowered(
         path=entry.path("model.onnx"),
         sha256=graph_digest(entry),
-        opset=int(entry.meta["opset"]),
+        opset=record.opset,
         calibration_sha256=calibration_sha256,
         reused=reused,
+        notes=notes,
+        record=record,
     )

@@ -29,11 +29,11 @@ def double(feed):
 def test_fake_builds_opens_and_runs(tmp_path):
     backend: Backend = FakeBackend(double)
     (tmp_path / "a.onnx").write_bytes(b"graph")
-    out = tmp_path / backend.file_name()
+    out = tmp_path / backend.file_name(SPEC.engines[0])
     record = backend.build(onnx=tmp_path / "a.onnx", out=out, spec=SPEC, engine=SPEC.engines[0])
     assert record.layers[0].precision == "fp16"
     assert out.read_bytes() == b"graph"
-    assert backend.runs_here() is Evidence.HOST
+    assert backend.runs_here(SPEC.engines[0]) is Evidence.HOST
     runner: Runner = backend.open(out, spec=SPEC, engine=SPEC.engines[0])
     with runner:
         assert runner.run({"x": np.ones(3, np.float32)})["y"].tolist() == [2, 2, 2]

@@ -8,6 +8,7 @@ import pytest
 
 from gate.engines import BACKENDS, backend
 from gate.errors import BackendUnavailable, SpecError
+from gate.spec import EngineSpec
 from gate.verdict import Evidence
 
 
@@ -37,8 +38,10 @@ def test_versions_and_evidence_are_found_without_importing_a_framework():
     code = (
         "import sys\n"
         "from gate.engines import backend\n"
+        "from gate.spec import EngineSpec\n"
         "for name in ('onnxruntime', 'tensorrt_rtx'):\n"
-        "    found = backend(name); found.version(); found.runs_here(); found.file_name()\n"
+        "    engine = EngineSpec(name='e', backend=name, precision='fp32')\n"
+        "    found = backend(name); found.version(); found.runs_here(engine); found.file_name(engine)\n"
         "bad = {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'modelopt'} & set(sys.modules)\n"
         "assert not bad, bad\n"
     )
@@ -46,4 +49,6 @@ def test_versions_and_evidence_are_found_without_importing_a_framework():
 
 
 def test_onnx_runtime_gives_host_evidence():
-    assert backend("onnxruntime").runs_here() is Evidence.HOST
+    assert (
+        backend("onnxruntime").runs_here(EngineSpec(name="e", backend="onnxruntime", precision="fp32")) is Evidence.HOST
+    )

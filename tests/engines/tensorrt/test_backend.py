@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gate.device import Gpu, gpu
 from gate.engines import backend
-from gate.engines.tensorrt import TensorRTBackend, layers_of_inspector
+from gate.engines.tensorrt.backend import TensorRTBackend
+from gate.engines.tensorrt.layers import layers_of_inspector
 from gate.errors import BackendUnavailable, BuildError
 from gate.spec import GateSpec
 from gate.verdict import Evidence
@@ -133,7 +134,7 @@ def test_nothing_is_printed(tmp_path, capfd):
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])
 def test_without_a_gpu_a_plan_is_refused_before_it_is_read(tmp_path, name):
     spec = make_spec(name)
-    assert backend(name).runs_here() is None
+    assert backend(name).runs_here(spec.engines[0]) is None
     with pytest.raises(BackendUnavailable, match="no NVIDIA GPU here"):
         backend(name).open(tmp_path / "does-not-exist.plan", spec=spec, engine=spec.engines[0])
 
@@ -176,7 +177,7 @@ def test_inspector_is_read_with_its_control_characters():
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])
 def test_engine_computes_the_graph_on_the_gpu(tmp_path, name):
     found, spec = backend(name), make_spec(name)
-    if found.runs_here() is not Evidence.DEVICE:
+    if found.runs_here(spec.engines[0]) is not Evidence.DEVICE:
         pytest.skip(f"{name} does not run on this GPU")
     path, plan = write_graph(tmp_path / "a.onnx"), tmp_path / "model.plan"
     found.build(onnx=path, out=plan, spec=spec, engine=spec.engines[0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gate.engines.torch import TorchRunner, named_outputs, require_module
+from gate.engines.torch.runner import TorchRunner, named_outputs, require_module
 from gate.errors import ExportError, RunError
 from gate.spec import GateSpec
 

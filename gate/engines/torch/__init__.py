@@ -1,0 +1,1 @@
+"""PyTorch: the runner of the reference, and engines that PyTorch itself compiles and runs."""
