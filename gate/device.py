@@ -9,7 +9,9 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -52,6 +54,21 @@ _DISTRIBUTIONS = (
     "onnxslim",
 )
 _COMMAND_TIMEOUT_S = 10
+_MIB = 1024**2
+
+ComputeMode = Literal["default", "exclusive_thread", "prohibited", "exclusive_process"]
+_COMPUTE_MODES: tuple[ComputeMode, ...] = ("default", "exclusive_thread", "prohibited", "exclusive_process")
+"""In the order of their numbers. Source: nvml.h, nvmlComputeMode_t."""
+
+_CLOCK_SETTING = 0x2
+_CLOCK_REASONS = {
+    0x4: "sw_power_cap",
+    0x8: "hw_slowdown",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+}
+"""Bits of the reasons for a clock below its maximum. Source: nvml.h, nvmlClocksEventReason*."""
 
 
 class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -68,6 +85,32 @@ class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     compute_capability: str
     driver: str
     cuda: str | None = None
+
+
+class GpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the first visible GPU is and does at this moment. None: the driver does not say.
+
+    Args:
+        gpu: Which it is.
+        source: Who said it.
+        memory_total_bytes, memory_free_bytes: Of the GPU, or of the MIG instance that CUDA_VISIBLE_DEVICES names.
+        sm_clock_mhz, max_sm_clock_mhz: Now, and the most it has.
+        clocks_set: Whether a setting holds its clocks, such as `nvidia-smi --lock-gpu-clocks`.
+        slowdowns: Other reasons for a clock below the maximum: `hw_thermal_slowdown`, `sw_power_cap`.
+        mig: Whether it is divided; None also where it cannot be.
+        compute_mode: Who may open a context on it.
+    """
+
+    gpu: Gpu
+    source: Literal["nvml", "nvidia-smi"]
+    memory_total_bytes: int | None = None
+    memory_free_bytes: int | None = None
+    sm_clock_mhz: int | None = None
+    max_sm_clock_mhz: int | None = None
+    clocks_set: bool | None = None
+    slowdowns: tuple[str, ...] = ()
+    mig: bool | None = None
+    compute_mode: ComputeMode | None = None
 
 
 def fingerprint(for_gpu: bool) -> Fingerprint:
@@ -94,10 +137,35 @@ def fingerprint(for_gpu: bool) -> Fingerprint:
 @functools.cache
 def gpu() -> Gpu | None:
     """The first visible NVIDIA GPU by NVML, or by `nvidia-smi` where its bindings are not installed; else None."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+    if is_gpu_hidden():
         return None
     found = _gpu_by_nvml()
     return found if found is not None else _gpu_by_command()
+
+
+def gpu_state() -> GpuState | None:
+    """The first visible NVIDIA GPU as it is now, by NVML or by `nvidia-smi`; None where there is none."""
+    if is_gpu_hidden():
+        return None
+    found = _state_by_nvml()
+    if found is not None:
+        return found
+    device = _gpu_by_command()
+    return None if device is None else _state_by_command(device)
+
+
+def is_gpu_hidden() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES hides every GPU from this process."""
+    return _first_visible_name() in ("", "-1")
+
+
+def device_memory_used_bytes() -> int | None:
+    """Memory in use on the first visible GPU, by all processes, in bytes; None without a GPU or NVML's bindings.
+
+    Cheap enough to be asked every 10 ms: NVML stays open after the first call.
+    """
+    read = _memory_reader()
+    return None if read is None else read()
 
 
 def git_revision(folder: Path) -> str | None:
@@ -128,21 +196,115 @@ def _gpu_by_nvml() -> Gpu | None:
     except pynvml.NVMLError:
         return None
     try:
-        if pynvml.nvmlDeviceGetCount() == 0:
+        return _nvml_gpu(pynvml, _nvml_handles(pynvml)[0])
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _state_by_nvml() -> GpuState | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+
+    def asked(name: str, *arguments: Any) -> Any:
+        """What a function gives; None where this driver or GPU does not have it."""
+        try:
+            return getattr(pynvml, name)(*arguments)
+        except (pynvml.NVMLError, AttributeError):
             return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(_first_visible())
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        return Gpu(
-            name=_text(pynvml.nvmlDeviceGetName(handle)),
-            compute_capability=f"{major}.{minor}",
-            driver=_text(pynvml.nvmlSystemGetDriverVersion()),
-            cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
+
+    try:
+        whole, part = _nvml_handles(pynvml)
+        memory = asked("nvmlDeviceGetMemoryInfo", part)
+        reasons = asked("nvmlDeviceGetCurrentClocksThrottleReasons", whole)
+        mig = asked("nvmlDeviceGetMigMode", whole)
+        mode = asked("nvmlDeviceGetComputeMode", whole)
+        return GpuState(
+            gpu=_nvml_gpu(pynvml, whole),
+            source="nvml",
+            memory_total_bytes=None if memory is None else int(memory.total),
+            memory_free_bytes=None if memory is None else int(memory.free),
+            sm_clock_mhz=asked("nvmlDeviceGetClockInfo", whole, pynvml.NVML_CLOCK_SM),
+            max_sm_clock_mhz=asked("nvmlDeviceGetMaxClockInfo", whole, pynvml.NVML_CLOCK_SM),
+            clocks_set=None if reasons is None else bool(reasons & _CLOCK_SETTING),
+            slowdowns=_slowdowns(reasons or 0),
+            mig=None if mig is None else bool(mig[0]),
+            compute_mode=None if mode is None else _compute_mode(mode),
         )
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
+
+
+@functools.cache
+def _memory_reader() -> Callable[[], int | None] | None:
+    """Reads the memory in use, in bytes; NVML is never closed again."""
+    if is_gpu_hidden():
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        part = _nvml_handles(pynvml)[1]
+    except pynvml.NVMLError:
+        return None
+
+    def used() -> int | None:
+        try:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(part).used)
+        except pynvml.NVMLError:
+            return None
+
+    return used
+
+
+def _nvml_handles(nvml: Any) -> tuple[Any, Any]:
+    """Handles of the first visible GPU, and of the part of it that is visible: a MIG instance, or the GPU again.
+
+    Raises:
+        NVMLError: There is none.
+    """
+    name = _first_visible_name()
+    if name.startswith("MIG-"):
+        part = nvml.nvmlDeviceGetHandleByUUID(name)
+        return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part), part
+    if name.startswith("GPU-"):
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            # CUDA takes the beginning of an identifier, too, where it is unique.
+            if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(name):
+                return handle, handle
+    handle = nvml.nvmlDeviceGetHandleByIndex(_first_visible())
+    return handle, handle
+
+
+def _nvml_gpu(nvml: Any, handle: Any) -> Gpu:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
+    return Gpu(
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        compute_capability=f"{major}.{minor}",
+        driver=_text(nvml.nvmlSystemGetDriverVersion()),
+        cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
+    )
+
+
+def _slowdowns(reasons: int) -> tuple[str, ...]:
+    return tuple(name for bit, name in _CLOCK_REASONS.items() if reasons & bit)
+
+
+def _compute_mode(number: int) -> ComputeMode | None:
+    return _COMPUTE_MODES[number] if 0 <= number < len(_COMPUTE_MODES) else None
 
 
 def _gpu_by_command() -> Gpu | None:
@@ -161,8 +323,65 @@ def _gpu_by_command() -> Gpu | None:
     )
 
 
+def _state_by_command(device: Gpu) -> GpuState:
+    said = _queried(
+        (
+            "memory.total",
+            "memory.free",
+            "clocks.sm",
+            "clocks.max.sm",
+            "clocks_throttle_reasons.active",
+            "mig.mode.current",
+            "compute_mode",
+        )
+    )
+    total, free = (_leading_int(said.get(name)) for name in ("memory.total", "memory.free"))
+    try:
+        reasons = int(said.get("clocks_throttle_reasons.active", ""), 16)
+    except ValueError:
+        reasons = None
+    mode = said.get("compute_mode", "").lower()
+    return GpuState(
+        gpu=device,
+        source="nvidia-smi",
+        memory_total_bytes=None if total is None else total * _MIB,
+        memory_free_bytes=None if free is None else free * _MIB,
+        sm_clock_mhz=_leading_int(said.get("clocks.sm")),
+        max_sm_clock_mhz=_leading_int(said.get("clocks.max.sm")),
+        clocks_set=None if reasons is None else bool(reasons & _CLOCK_SETTING),
+        slowdowns=_slowdowns(reasons or 0),
+        mig={"Enabled": True, "Disabled": False}.get(said.get("mig.mode.current", "")),
+        compute_mode=next((each for each in _COMPUTE_MODES if each == mode), None),
+    )
+
+
+def _queried(fields: tuple[str, ...]) -> dict[str, str]:
+    """What `nvidia-smi` says of the first visible GPU, by field; a driver that lacks a field is asked for each alone."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return {}
+    text = _output([command, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
+    rows = (text or "").splitlines()
+    index = _first_visible()
+    parts = [part.strip() for part in rows[index].split(",")] if index < len(rows) else []
+    if len(parts) == len(fields):
+        return dict(zip(fields, parts, strict=True))
+    if len(fields) == 1:
+        return {}
+    return {name: value for field in fields for name, value in _queried((field,)).items()}
+
+
+def _leading_int(text: str | None) -> int | None:
+    match = re.match(r"[0-9]+", text or "")
+    return None if match is None else int(match.group())
+
+
+def _first_visible_name() -> str:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+
+
 def _first_visible() -> int:
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    first = _first_visible_name()
     return int(first) if first.isdigit() else 0
 
 

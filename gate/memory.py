@@ -1,8 +1,9 @@
-"""The host memory that a piece of work adds at its peak, as the operating system counts it."""
+"""The memory that a piece of work adds at its peak: the host's as the system counts it, a GPU's as its driver does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,66 @@ def host_peak() -> Iterator[HostPeak]:
         after = _status_mib("VmHWM")
         if before is not None and after is not None:
             peak.mib = max(0.0, after - before)
+
+
+class DevicePeak:
+    """What `device_peak` gives.
+
+    Args:
+        used: Bytes of device memory in use, on the whole GPU; None where that cannot be told.
+        every_s: Seconds between two looks.
+    """
+
+    def __init__(self, used: Callable[[], int | None], every_s: float) -> None:
+        self._used = used
+        self._every_s = every_s
+        self._before = used()
+        self._most = self._before
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="device-memory", daemon=True)
+        if self._before is not None:
+            self._thread.start()
+
+    @property
+    def mib(self) -> float | None:
+        """The most that was in use above the start, MiB; None where it could not be told.
+
+        It counts what other processes of the GPU do too: measure on one that is yours alone.
+        """
+        if self._before is None or self._most is None:
+            return None
+        return max(0, self._most - self._before) / 2**20
+
+    def stop(self) -> None:
+        """Look no more: before latency is measured, which the watching would disturb. Harmless twice."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> None:
+        """Look once, now."""
+        now = self._used() if self._before is not None else None
+        if now is not None:
+            self._most = max(self._most or 0, now)
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._every_s):
+            self.look()
+
+
+@contextmanager
+def device_peak(used: Callable[[], int | None], *, every_s: float = 0.01) -> Iterator[DevicePeak]:
+    """Watch the device memory in use over a block, or until `stop`.
+
+    Args:
+        used: Bytes in use on the whole GPU; None where that cannot be told.
+        every_s: Seconds between two looks; a peak that is shorter may be missed.
+    """
+    peak = DevicePeak(used, every_s)
+    try:
+        yield peak
+    finally:
+        peak.stop()
 
 
 def _reset() -> bool:

@@ -12,13 +12,16 @@ from typing import Literal
 
 import numpy as np
 
-from gate.engines.interface import Runner
+from gate.engines.interface import Renewable, Runner
 from gate.errors import GateError, MeasurementError
 from gate.spec import EngineSpec, InputSpec
 from gate.tensors import Array, NamedArrays
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit
 
 ROWS = 8
+_WITH_CONTEXTS = ("tensorrt", "tensorrt_rtx")
+"""Backends whose engines have execution contexts, so that one can be fresh."""
+
 HINT = "docs/findings.md#metamorphic"
 
 
@@ -58,6 +61,7 @@ def metamorphic_findings(
         ("repeatability", asked.repeatability, _repeatability),
         ("batch_independence", asked.batch_independence, _batch_independence),
         ("profile_edges", asked.profile_edges, _profile_edges),
+        ("fresh_context", asked.fresh_context, _fresh_context),
     ):
         if not wanted:
             continue
@@ -99,6 +103,8 @@ def applicable_checks(engine: EngineSpec, inputs: Mapping[str, InputSpec]) -> tu
         names.append("metamorphic.batch_independence")
     if asked.profile_edges and any(each.axes for each in inputs.values()):
         names.append("metamorphic.profile_edges")
+    if asked.fresh_context and engine.backend in _WITH_CONTEXTS:
+        names.append("metamorphic.fresh_context")
     return tuple(names)
 
 
@@ -189,6 +195,28 @@ def _batch_independence(
             if np.isnan(value):
                 break
     return worst
+
+
+def _fresh_context(
+    runner: Runner, samples: NamedArrays, inputs: Mapping[str, InputSpec], _without_batch: Collection[str]
+) -> _Difference | None:
+    """The runner has run the profile's edges by now; a fresh context of the same engine has run nothing.
+
+    Source: NVIDIA/TensorRT issue 4853: answers that depend on the shapes that a context ran before.
+    """
+    if not isinstance(runner, Renewable):
+        return None
+    smallest, largest = _batch_range(inputs)
+    worst = _Difference(0.0, "a used execution context agrees with a fresh one", 0)
+    compared = 0
+    for count in sorted({smallest, min(max(ROWS, smallest), largest)}):
+        feed = _rows(samples, list(range(count)))
+        with runner.fresh() as fresh:
+            value = _relative(fresh.run(feed), runner.run(feed))
+        compared += count
+        if not value <= worst.value:
+            worst = _Difference(value, f"largest at batch {count}: a used context against a fresh one", count)
+    return _Difference(worst.value, worst.where, compared)
 
 
 def _profile_edges(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from gate.atomic import digest_of_stream, discard
 from gate.data.samples import Batch, DataDigest, SampleSource
+from gate.device import gpu
 from gate.engines.graph import external_files, unsafe_external_file
 from gate.errors import DataError, RunError, SpecError
 from gate.factory import opened_files
@@ -140,7 +141,7 @@ class ReferenceModel:
             return ModelIdentity(digest, None, "stored outputs", {} if path.is_dir() else {model.outputs: digest})
         declared = {name: file_digest(self._existing("weights", name)) for name in model.weight_files}
         torch_version = _version("torch")
-        title = f"torch {torch_version} fp32"
+        title = f"torch {torch_version} fp32{_on_device(model.device)}"
         key = self._cache.entry_key(
             factory=model.factory,
             folder=str(self._file.folder),
@@ -199,6 +200,7 @@ class ReferenceModel:
 
         Raises:
             RunError: It cannot be loaded.
+            BackendUnavailable: It is to run on a GPU, and PyTorch finds none.
         """
         model = self._file.spec.model
         if model.onnx is not None:
@@ -207,7 +209,15 @@ class ReferenceModel:
             return reference_runner(self._existing("onnx", model.onnx), spec=self._file.spec)
         from gate.engines.torch.runner import TorchRunner
 
-        return TorchRunner(self.module, spec=self._file.spec)
+        return TorchRunner(self.module, spec=self._file.spec, device=model.device)
+
+
+def _on_device(device: str) -> str:
+    """Where the reference runs, for its title: nothing for the CPU, ` on NVIDIA L4` for that GPU."""
+    if device == "cpu":
+        return ""
+    found = gpu()
+    return f" on {device if found is None else found.name}"
 
 
 def _differs(path: Path, digest: str) -> bool:
@@ -627,7 +637,8 @@ def _recording_digest(raw: Mapping[str, Any]) -> str:
 
 def _model_fields(file: SpecFile) -> dict[str, Any]:
     model = file.spec.model
-    return {"id": model.id, "factory": model.factory, "onnx": model.onnx, "output_names": list(model.output_names)}
+    fields = {"id": model.id, "factory": model.factory, "onnx": model.onnx, "output_names": list(model.output_names)}
+    return fields if model.device == "cpu" else {**fields, "device": model.device}
 
 
 def file_digest(path: Path) -> str:

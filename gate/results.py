@@ -84,10 +84,11 @@ class TaskMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Latency of one batch, host wall time from feed to outputs. Percentiles are nearest-rank.
+    """Latency of one batch. Percentiles are nearest-rank.
 
     Args:
-        timed: What the timed region holds: `host_wall`.
+        timed: What the timed region holds: `host_wall`, from arrays in host memory to outputs there; `gpu_compute`,
+            between CUDA events around the engine alone.
         batch: Batch size.
         n: Inferences timed; `sessions` processes they come from; `warm_up` untimed ones before them.
         throughput: Samples per second: batch / mean latency.
@@ -150,6 +151,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         outputs, task, latency: What was measured.
         reused: What came from the cache: any of `export`, `lowered`, `engine`.
         host_peak_mib: Host memory that loading and running it added at its peak.
+        device_peak_mib: Device memory likewise, by the driver's count for the whole GPU; None where it was not run on one.
         baseline_sha256: Digest of the baseline that it was compared with.
         onnx_opset, calibration_sha256: Of the graph that it was built from.
         lowering: How that graph was made, with the precision of each node; None where it was not lowered here.
@@ -170,6 +172,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     task: TaskMetrics | None = None
     latency: LatencyMetrics | None = None
     host_peak_mib: float | None = None
+    device_peak_mib: float | None = None
     baseline_sha256: str | None = None
     onnx_opset: int | None = None
     calibration_sha256: str | None = None

@@ -237,12 +237,14 @@ class MetamorphicSpec(_Table, frozen=True):
         batch_independence: A sample's answer does not depend on its neighbours or its place in the batch.
         profile_edges: Every size from the profile's min to max agrees with batch 1.
         repeatability: The same input twice gives the same output.
+        fresh_context: An execution context that ran other shapes before gives what a fresh one gives (TensorRT).
         rel_rmse: The difference allowed; left out: what the precision rounds to (docs/findings.md#metamorphic).
     """
 
     batch_independence: bool = True
     profile_edges: bool = True
     repeatability: bool = True
+    fresh_context: bool = True
     rel_rmse: NonNegative | None = None
 
 
@@ -254,7 +256,8 @@ class EngineOptions(_Table, frozen=True):
         optimization: onnxruntime: graph optimisation level.
         provider: onnxruntime: the execution provider that must run the graph.
         provider_options: onnxruntime: options of that provider, by its own names: `{ trt_fp16_enable = true }`.
-        cpu_nodes_at_most: onnxruntime on a GPU: the share of the graph's nodes that may fall back to the CPU.
+        cpu_nodes_at_most: onnxruntime on a GPU: the share of the graph's nodes that may run on another provider, shape
+            arithmetic not counted. Left out: 0.05. Convolutions and matrix products never may.
         mode: torch: `eager`, `compile` (torch.compile), or `aotinductor`, the one that makes a file to release.
         cast: torch in fp16 or bf16: under `autocast`, or with the `weights` themselves converted.
         workspace_mib: tensorrt, tensorrt_rtx: workspace memory limit.
@@ -733,6 +736,8 @@ def _model_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
         )
     if model.factory is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.factory):
         yield ("model", "factory"), f"[model] factory: expected 'module:function', got {model.factory!r}"
+    if model.device == "cuda" and model.factory is None:
+        yield ("model", "device"), "[model] device is for a PyTorch factory"
     if not model.exporter or len(set(model.exporter)) != len(model.exporter):
         yield ("model", "exporter"), "[model] exporter: name each exporter once, at least one"
     if len(set(model.output_names)) != len(model.output_names):
@@ -943,18 +948,18 @@ def _profile_contradictions(
 ) -> Iterator[tuple[KeyPath, str]]:
     key = ("options", "profiles", index)
     axes = _axes(spec)
-    for axis in axes:
-        if axis not in ranges:
-            yield key, f"profile {index} has no range for axis {axis!r}"
     for axis, sizes in ranges.items():
         if axis not in axes:
-            yield key, f"profile {index} has axis {axis!r}{_did_you_mean(axis, list(axes))}"
+            yield key, f"profile {index} has axis {axis!r}, which no input has{_did_you_mean(axis, list(axes))}"
         elif not axes[axis].min <= sizes.min <= sizes.opt <= sizes.max <= axes[axis].max:
             yield (
                 key,
                 f"profile {index} {axis}: needs min <= opt <= max within {axes[axis].min} to {axes[axis].max}, "
                 f"got {sizes.min}, {sizes.opt}, {sizes.max}",
             )
+    for axis in axes:
+        if axis not in ranges:
+            yield key, f"profile {index} has no range for axis {axis!r}"
 
 
 def _axes(spec: GateSpec) -> dict[str, AxisRange]:
@@ -1023,6 +1028,10 @@ def located(engine: EngineSpec, folder: Path) -> EngineSpec:
     }
     if options.plugins is not None:
         changed["plugins"] = tuple(str(folder / each) for each in options.plugins)
+    given = options.provider_options or {}
+    caches = ("trt_engine_cache_path", "trt_timing_cache_path")
+    if any(key in given for key in caches):
+        changed["provider_options"] = given | {key: str(folder / str(given[key])) for key in caches if key in given}
     if not changed:
         return engine
     return msgspec.structs.replace(engine, options=msgspec.structs.replace(options, **changed))

@@ -38,11 +38,14 @@ class RawDurations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     stopped_by: Literal["samples", "max_time"]
 
 
+CUDA_EVENTS = "cuda_events"
+"""Name of the clock of calls that time themselves on the device."""
+
 _STEPS_OF_PROGRESS = 20
 
 
 def sample(
-    call: Callable[[], None],
+    call: Callable[[], int | None],
     *,
     samples: int,
     warm_up_s: float,
@@ -53,7 +56,8 @@ def sample(
     """Time a call again and again, each on its own, with the garbage collector off.
 
     Args:
-        call: One inference, inputs bound already, done when it returns.
+        call: One inference, inputs bound already, done when it returns. Where it returns nanoseconds, as a call
+            between CUDA events does, they are the duration; else the clock goes around it.
         samples: How many to time.
         warm_up_s: Call it untimed for this long first, at least once.
         max_time_s: Stop after this long, counted from the first timed call; at least one call is timed.
@@ -61,12 +65,13 @@ def sample(
         observer: Told of progress about twenty times.
 
     Raises:
-        MeasurementError: No sample was asked for, or the clock went back.
+        MeasurementError: No sample was asked for, the clock went back, or only some calls timed themselves.
     """
     if samples < 1:
         raise MeasurementError(f"timing needs at least one sample, got samples = {samples}")
     warm_up = _warm_up(call, clock, int(warm_up_s * 1e9))
     durations: list[int] = []
+    own = 0
     every = max(1, samples // _STEPS_OF_PROGRESS)
     told = 0
     stopped_by: Literal["samples", "max_time"] = "samples"
@@ -78,12 +83,14 @@ def sample(
         deadline = begin + int(max_time_s * 1e9)
         while len(durations) < samples:
             start = clock()
-            call()
+            own_ns = call()
             end = clock()
             if start < previous or end < start:
                 raise _stepped_back(clock, previous, min(start, end))
             previous = end
-            durations.append(end - start)
+            if own_ns is not None:
+                own += 1
+            durations.append(end - start if own_ns is None else own_ns)
             if observer is not None and len(durations) - told >= every:
                 observer.advance(len(durations) - told)
                 told = len(durations)
@@ -95,10 +102,15 @@ def sample(
             gc.enable()
     if observer is not None and len(durations) > told:
         observer.advance(len(durations) - told)
-    return RawDurations(durations_ns=tuple(durations), warm_up=warm_up, clock=_name_of(clock), stopped_by=stopped_by)
+    if own not in (0, len(durations)):
+        raise MeasurementError(
+            f"{own} of {len(durations)} calls timed themselves, so the durations are not of one kind"
+        )
+    name = CUDA_EVENTS if own else _name_of(clock)
+    return RawDurations(durations_ns=tuple(durations), warm_up=warm_up, clock=name, stopped_by=stopped_by)
 
 
-def _warm_up(call: Callable[[], None], clock: Clock, duration_ns: int) -> int:
+def _warm_up(call: Callable[[], int | None], clock: Clock, duration_ns: int) -> int:
     begin = previous = clock()
     calls = 0
     while calls == 0 or previous - begin < duration_ns:

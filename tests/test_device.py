@@ -1,8 +1,10 @@
 """The fingerprint of this machine, and the commit of a folder."""
 
+# ruff: noqa: N802  the simulator has the names of NVML's functions
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +52,225 @@ def test_gpu_is_read_from_nvidia_smi_where_its_bindings_are_missing(tmp_path, mo
         assert device.gpu() == device.Gpu(name="NVIDIA H200", compute_capability="9.0", driver="580.1")
     finally:
         device.gpu.cache_clear()
+
+
+class NvmlSimulator:
+    """NVML's bindings as far as the gate calls them: one H200, then an L4; MIG instance `MIG-a` on the H200."""
+
+    NVML_CLOCK_SM = 1
+
+    class NVMLError(Exception):
+        """As NVML's."""
+
+    def __init__(self, **without):
+        self.open = 0
+        self.lacks = without.get("lacks", ())
+        self.reasons = without.get("reasons", 0)
+        self.lost = False
+
+    def nvmlInit(self):
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        if index not in (0, 1):
+            raise self.NVMLError("Invalid Argument")
+        return ("NVIDIA H200", "NVIDIA L4")[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "MIG-a":
+            raise self.NVMLError("Not Found")
+        return "instance"
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, part):
+        return "NVIDIA H200"
+
+    def nvmlDeviceGetUUID(self, handle):
+        return {"NVIDIA H200": "GPU-11", "NVIDIA L4": "GPU-22"}[handle]
+
+    def nvmlDeviceGetName(self, handle):
+        return handle.encode()
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return (9, 0) if handle == "NVIDIA H200" else (8, 9)
+
+    def nvmlSystemGetDriverVersion(self):
+        return "580.1"
+
+    def nvmlSystemGetCudaDriverVersion_v2(self):
+        return 13000
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        if self.lost:
+            raise self.NVMLError("GPU is lost")
+        total = 10 if handle == "instance" else 100
+        return SimpleNamespace(total=total, free=total - 4, used=4)
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        return 345
+
+    def nvmlDeviceGetMaxClockInfo(self, handle, kind):
+        return 1980
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        return self.reasons
+
+    def nvmlDeviceGetMigMode(self, handle):
+        if "mig" in self.lacks:
+            raise self.NVMLError("Not Supported")
+        return [1, 1]
+
+    def nvmlDeviceGetComputeMode(self, handle):
+        return 3
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """Puts the simulator in the place of the bindings."""
+
+    def put(visible="0", **without):
+        simulator = NvmlSimulator(**without)
+        monkeypatch.setitem(sys.modules, "pynvml", simulator)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        device.gpu.cache_clear()
+        device._memory_reader.cache_clear()
+        return simulator
+
+    yield put
+    device.gpu.cache_clear()
+    device._memory_reader.cache_clear()
+
+
+def test_state_by_nvml_has_memory_clocks_mig_and_mode(nvml):
+    simulator = nvml(reasons=0x1 | 0x2 | 0x40)
+    state = device.gpu_state()
+    assert state == device.GpuState(
+        gpu=device.Gpu(name="NVIDIA H200", compute_capability="9.0", driver="580.1", cuda="13.0"),
+        source="nvml",
+        memory_total_bytes=100,
+        memory_free_bytes=96,
+        sm_clock_mhz=345,
+        max_sm_clock_mhz=1980,
+        clocks_set=True,
+        slowdowns=("hw_thermal_slowdown",),
+        mig=True,
+        compute_mode="exclusive_process",
+    )
+    assert simulator.open == 0
+
+
+def test_what_a_gpu_does_not_have_is_none(nvml):
+    nvml(lacks=("mig",))
+    state = device.gpu_state()
+    assert state is not None
+    assert state.mig is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [("1,0", "NVIDIA L4"), ("GPU-22", "NVIDIA L4"), ("GPU-2", "NVIDIA L4"), ("MIG-a", "NVIDIA H200")],
+)
+def test_first_visible_gpu_is_found_by_index_or_identifier(nvml, visible, name):
+    nvml(visible)
+    found = device.gpu()
+    assert found is not None
+    assert found.name == name
+
+
+def test_memory_of_a_mig_instance_is_its_own(nvml):
+    nvml("MIG-a")
+    state = device.gpu_state()
+    assert state is not None
+    assert state.memory_total_bytes == 10
+
+
+def test_unknown_identifier_is_no_gpu(nvml, monkeypatch, tmp_path):
+    nvml("MIG-b")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device.gpu() is None
+    assert device.gpu_state() is None
+    assert device.device_memory_used_bytes() is None
+
+
+def test_used_memory_is_read_through_a_handle_that_stays_open(nvml):
+    simulator = nvml()
+    assert [device.device_memory_used_bytes() for _ in range(3)] == [4, 4, 4]
+    assert simulator.open == 1
+
+
+def test_used_memory_of_a_lost_or_hidden_gpu_is_none(nvml):
+    simulator = nvml()
+    assert device.device_memory_used_bytes() == 4
+    simulator.lost = True
+    assert device.device_memory_used_bytes() is None
+    nvml("-1")
+    assert device.device_memory_used_bytes() is None
+    assert device.gpu_state() is None
+
+
+SMI = """#!/bin/sh
+case "$1" in
+  --query-gpu=name,*) echo 'NVIDIA L4, 8.9, 580.1' ;;
+  *mig*,*|*,*mig*) [ -n "$OLD" ] && exit 2; echo '23034, 22000, 210, 2040, 0x0000000000000009, Disabled, Exclusive_Process' ;;
+  --query-gpu=memory.free) echo 22000 ;;
+  --query-gpu=mig.mode.current) exit 2 ;;
+  --query-gpu=*) echo '[N/A]' ;;
+  *) echo 'CUDA Version: 13.0' ;;
+esac
+"""
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(SMI)
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+
+@pytest.mark.usefixtures("smi")
+def test_state_is_read_from_nvidia_smi_where_its_bindings_are_missing():
+    assert device.gpu_state() == device.GpuState(
+        gpu=device.Gpu(name="NVIDIA L4", compute_capability="8.9", driver="580.1", cuda="13.0"),
+        source="nvidia-smi",
+        memory_total_bytes=23034 * 2**20,
+        memory_free_bytes=22000 * 2**20,
+        sm_clock_mhz=210,
+        max_sm_clock_mhz=2040,
+        clocks_set=False,
+        slowdowns=("hw_slowdown",),
+        mig=False,
+        compute_mode="exclusive_process",
+    )
+
+
+@pytest.mark.usefixtures("smi")
+def test_driver_that_lacks_a_field_still_gives_the_others(monkeypatch):
+    monkeypatch.setenv("OLD", "1")
+    state = device.gpu_state()
+    assert state is not None
+    assert state.memory_free_bytes == 22000 * 2**20
+    assert state.mig is state.sm_clock_mhz is state.clocks_set is state.compute_mode is None
+
+
+@pytest.mark.gpu
+def test_state_of_the_gpu_here_is_complete():
+    state = device.gpu_state()
+    assert state is not None
+    assert state.memory_free_bytes is not None
+    assert state.memory_total_bytes is not None
+    assert 0 < state.memory_free_bytes <= state.memory_total_bytes
+    assert state.sm_clock_mhz is not None
+    used = device.device_memory_used_bytes()
+    assert used is not None
+    assert 0 < used <= state.memory_total_bytes
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Lowering: each precision, made for real, compiled by TensorRT-RTX and run by ONNX Runtime where that can."""
 
-import itertools
 import logging
 
 import msgspec
@@ -8,15 +7,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from gate.engines import backend
 from gate.errors import LoweringError
 from gate.export import onnx_from_torch
-from gate.lower import _Reader, lower, tool_version
+from gate.lower import lower, tool_version
 from gate.precision import check_delivered_precision
 from gate.spec import EngineSpec, GateSpec
 from gate.verdict import Evidence, Status
@@ -169,7 +166,7 @@ def test_value_that_float16_cannot_hold_stays_in_fp32_where_samples_show_it(tmp_
     [
         (None, "int8 needs calibration samples"),
         ([], "the calibration has no samples"),
-        ([{"image": IMAGES[:0]}], "the calibration has no samples|cannot make int8"),
+        ([{"image": IMAGES[:0]}], "the calibration has no samples"),
         ([{"image": np.full((4, 1, 8, 8), np.nan, np.float32)}], "256 values that are not finite"),
         (
             [{"image": IMAGES[:4]}, {"image": IMAGES[:4] * np.float32(np.inf)}],
@@ -177,7 +174,8 @@ def test_value_that_float16_cannot_hold_stays_in_fp32_where_samples_show_it(tmp_
         ),
         ([{"image": np.full((4, 1, 8, 8), 0.5, np.float32)}], "every calibration value of input 'image' is 0.5"),
         ([{"picture": IMAGES[:4]}], "have the inputs picture, the graph takes image"),
-        ([{"image": IMAGES[:4, :, :4]}], "cannot make int8"),
+        ([{"image": IMAGES[:4, :, :4]}], r"has the shape \[4, 1, 4, 8\], the graph takes \[batch, 1, 8, 8\]"),
+        ([{"image": IMAGES[:4].astype(np.float64)}], "is float64, the graph takes float32"),
     ],
 )
 def test_degenerate_calibration_is_an_error(tmp_path, exported, batches, message):
@@ -237,18 +235,3 @@ def test_folder_of_the_source_is_left_as_it_was(tmp_path, exported):
     for precision in ("fp16", "int8"):
         lower(exported, precision=precision, out=tmp_path / "model.onnx", calibration=CALIBRATION)
     assert sorted(each.name for each in exported.parent.iterdir()) == before
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-def test_digest_of_the_calibration_does_not_depend_on_its_batches(sizes):
-    count = sum(sizes)
-    values = np.arange(count * 3, dtype=np.float32).reshape(count, 3)
-    whole = _Reader([{"x": values}], {"x"})
-    list(whole)
-    edges = np.cumsum([0, *sizes])
-    parts = _Reader([{"x": values[a:b]} for a, b in itertools.pairwise(edges)], {"x"})
-    list(parts)
-    other = _Reader([{"x": values + 1}], {"x"})
-    list(other)
-    assert whole.sha256() == parts.sha256() != other.sha256()
-    assert whole.samples == parts.samples == count

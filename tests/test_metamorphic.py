@@ -136,3 +136,54 @@ def test_what_is_switched_off_is_not_made_and_not_required(name: str) -> None:
 def test_a_fixed_batch_of_one_leaves_repeatability_alone() -> None:
     fixed = {"x": InputSpec(dtype="float32", shape=(1, 4))}
     assert applicable_checks(FILE.spec.engines[0], fixed) == ("metamorphic.repeatability",)
+
+
+class WithContexts(Runner):
+    """A runner whose contexts remember the largest batch that they ran."""
+
+    def __init__(self, leak: float, closed: list[str] | None = None) -> None:
+        super().__init__(self._leaking)
+        self.leak = leak
+        self.largest = 0
+        self.closed: list[str] = [] if closed is None else closed
+
+    def _leaking(self, x: Array) -> Array:
+        self.largest = max(self.largest, len(x))
+        return x + np.float32(self.leak * (self.largest >= 16))
+
+    def fresh(self) -> WithContexts:
+        return WithContexts(self.leak, self.closed)
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.append("closed")
+
+
+TENSORRT = EngineSpec(name="a", backend="tensorrt", precision="fp32", parity=FILE.spec.engines[0].parity)
+
+
+def fresh_context_status(runner: Runner) -> Status | None:
+    found = metamorphic_findings(
+        runner,
+        SAMPLES,
+        engine=TENSORRT,
+        inputs=FILE.spec.inputs,
+        limit=Limit("at_most", 1e-5),
+        evidence=Evidence.DEVICE,
+    )
+    return next((each.status for each in found if each.check == "metamorphic.fresh_context"), None)
+
+
+def test_a_context_that_keeps_what_it_ran_before_is_caught() -> None:
+    assert fresh_context_status(WithContexts(leak=1.0)) is Status.FAILED
+
+
+def test_a_context_that_keeps_nothing_passes_and_fresh_ones_are_closed() -> None:
+    runner = WithContexts(leak=0.0)
+    assert fresh_context_status(runner) is Status.PASSED
+    assert runner.closed == ["closed", "closed"]
+
+
+def test_fresh_contexts_are_required_of_tensorrt_alone() -> None:
+    assert "metamorphic.fresh_context" in applicable_checks(TENSORRT, FILE.spec.inputs)
+    assert "metamorphic.fresh_context" not in applicable_checks(FILE.spec.engines[0], FILE.spec.inputs)
+    assert fresh_context_status(Runner(lambda x: x)) is None

@@ -114,3 +114,15 @@ def test_the_real_clock_is_the_default():
     raw = sample(lambda: None, samples=3, warm_up_s=0, max_time_s=1)
     assert raw.clock == "perf_counter_ns"
     assert all(duration >= 0 for duration in raw.durations_ns)
+
+
+def test_a_call_that_times_itself_is_believed():
+    raw = sample(lambda: 5_000, samples=3, warm_up_s=0.0, max_time_s=10.0)
+    assert raw.durations_ns == (5_000, 5_000, 5_000)
+    assert raw.clock == "cuda_events"
+
+
+def test_calls_that_time_themselves_only_sometimes_are_an_error():
+    answers = iter([None, 5, None, 5])
+    with pytest.raises(MeasurementError, match="2 of 3 calls timed themselves"):
+        sample(lambda: next(answers), samples=3, warm_up_s=0.0, max_time_s=10.0)

@@ -10,6 +10,8 @@ COMMANDS = {
     "verify": "verify a sealed bundle, step by step",
     "record": "record the reference, for a machine without PyTorch",
     "explain": "say what a check means, and what to do when it does not pass",
+    "inspect": "say what a bundle, a plan, an ONNX file or an AOTInductor package is, without running it",
+    "doctor": "say what is installed and usable here, with the fix for what is not",
     "schema": "print the JSON Schema of a file",
 }
 """Each sub-command with what it does; gate.cli.<name> has its `add_parser` and `run`."""

@@ -7,9 +7,11 @@ mapping of arrays, or a dataset with `len()` and `[i]` (as PyTorch's map-style d
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,11 +19,15 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from gate.device import usable_cores
 from gate.errors import DataError
 from gate.spec import InputSpec, SpecFile
 from gate.tensors import Array
 
 LABEL_KEYS = ("label", "labels")
+
+_HASHED_ALONE_BYTES = 1 << 20
+"""A batch below this is hashed by the thread that has it: handing it over would take longer."""
 
 
 @dataclass(frozen=True)
@@ -333,8 +339,22 @@ def _as_source(value: object, names: tuple[str, ...], where: str) -> SampleSourc
     )
 
 
-def digest_of(source: SampleSource, *, inputs: Mapping[str, InputSpec], batch: int, where: str) -> DataDigest:
+def digest_of(
+    source: SampleSource,
+    *,
+    inputs: Mapping[str, InputSpec],
+    batch: int,
+    where: str,
+    look: Callable[[Mapping[str, Array]], None] | None = None,
+) -> DataDigest:
     """Go through all samples once: check each against the spec and digest it.
+
+    Args:
+        source: The samples.
+        inputs: What the spec says of them.
+        batch: How many at a time.
+        where: For errors.
+        look: Shown the inputs of each batch after they were checked.
 
     Raises:
         DataError: A sample has another dtype or shape than the spec, or holds a NaN or Inf; or the source gave
@@ -346,6 +366,8 @@ def digest_of(source: SampleSource, *, inputs: Mapping[str, InputSpec], batch: i
     for each in source.batches(batch):
         _require_fits(each, inputs, where)
         ids.extend(_row_digests(each))
+        if look is not None:
+            look(each.inputs)
         if each.labels is not None:
             labels.append(each.labels.astype("<i8").tobytes())
             labelled += each.size
@@ -360,15 +382,25 @@ def digest_of(source: SampleSource, *, inputs: Mapping[str, InputSpec], batch: i
 
 
 def _row_digests(batch: Batch) -> Iterator[bytes]:
-    """sha256 of each sample's inputs."""
+    """sha256 of each sample's inputs; of large samples on all cores, since hashing releases the interpreter's lock."""
     rows = {name: np.ascontiguousarray(batch.inputs[name]) for name in sorted(batch.inputs)}
     heads = {name: f"{name}:{rows[name].dtype}:{rows[name].shape[1:]}".encode() for name in rows}
-    for row in range(batch.size):
+
+    def digest(row: int) -> bytes:
         one = hashlib.sha256()
         for name, values in rows.items():
             one.update(heads[name])
-            one.update(values[row].tobytes())
-        yield one.digest()
+            one.update(values[row].reshape(-1).view(np.uint8).data)
+        return one.digest()
+
+    if sum(values.nbytes for values in rows.values()) < _HASHED_ALONE_BYTES:
+        return map(digest, range(batch.size))
+    return _hashers().map(digest, range(batch.size))
+
+
+@functools.cache
+def _hashers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(usable_cores(), thread_name_prefix="sample-digest")
 
 
 def _require_fits(batch: Batch, inputs: Mapping[str, InputSpec], where: str) -> None:

@@ -158,7 +158,20 @@ class FakeBackend:
             layers=layers,
         )
 
-    def open(self, path: Path, *, spec: GateSpec, engine: EngineSpec) -> FakeRunner:  # noqa: ARG002 - the Protocol's
+    def describe(self, path: Path, *, spec: GateSpec, engine: EngineSpec) -> BuildRecord:  # noqa: ARG002
+        """As it would have been built."""
+        return BuildRecord(
+            backend=self.name, backend_version=self.version(), precision=engine.precision, options={}, profile={}
+        )
+
+    def open(
+        self,
+        path: Path,
+        *,
+        spec: GateSpec,
+        engine: EngineSpec,  # noqa: ARG002 - the Protocol's
+        resources: Resources | None = None,  # noqa: ARG002 - the Protocol's
+    ) -> FakeRunner:
         """A runner of the function.
 
         Raises:

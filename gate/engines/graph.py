@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,13 +27,16 @@ _LABELS = {
     "FLOAT8E5M2FNUZ": "fp8",
 }
 _QUANTIZED = ("INT8", "UINT8")
+_LAYOUT = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that move values and compute nothing: what they are given decides the precision of what takes them."""
 
 
 def layers_of(model: Any) -> tuple[Layer, ...]:
     """Nodes of an `onnx.ModelProto` in graph order, Constant left out, with the precision each computes in.
 
     The precision is the element type of the first output by type inference. A node whose data and weights both come
-    from DequantizeLinear of 8-bit integers is `int8` (or `fp8`): that is how explicit quantisation is written.
+    from DequantizeLinear of 8-bit integers is `int8` (or `fp8`): that is how explicit quantisation is written. Between
+    them may lie operators that only move values, as the Transpose of a linear layer's weights does.
     """
     import onnx
 
@@ -47,7 +51,7 @@ def layers_of(model: Any) -> tuple[Layer, ...]:
     for node in graph.node:
         if node.op_type == "Constant":
             continue
-        quantized = {_dequantized(producers.get(name), types) for name in node.input[:2]}
+        quantized = {_dequantized(name, producers, types) for name in node.input[:2]}
         label = quantized.pop() if len(node.input) > 1 and len(quantized) == 1 else None
         if label is None:
             label = _label(types.get(node.output[0]) if node.output else None)
@@ -118,7 +122,10 @@ def _element_types(graph: Any) -> dict[str, str]:
     return types
 
 
-def _dequantized(node: Any, types: dict[str, str]) -> str | None:
+def _dequantized(name: str, producers: Mapping[str, Any], types: dict[str, str]) -> str | None:
+    node = producers.get(name)
+    while node is not None and node.op_type in _LAYOUT:
+        node = producers.get(node.input[0])
     if node is None or node.op_type != "DequantizeLinear":
         return None
     element = types.get(node.input[0])

@@ -109,9 +109,11 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         options: The backend's options, defaults resolved.
         profile: Per input `{"min": [...], "opt": [...], "max": [...]}`.
         layers: Layers with their precision, in execution or network order; empty where not listed.
-        layers_source: Where the list comes from: `network` (typed, before tactics), `inspector` or `graph`.
+        layers_source: Where the list comes from: `network` (typed, before tactics), `inspector`, `graph`, or of PyTorch
+            `dispatch` (the operators of one run) or `export`.
         log: The compiler's warnings and errors.
         command: An equivalent command line for the vendor's own tool, where there is one.
+        run_command: That which times the engine, likewise.
         seconds: Wall time of the build; None where nothing was built.
         digests: sha256 of the other files that it was made with, by name: plugin libraries, a calibration cache.
         calibration: Of a calibrator in weak typing; explicit Q/DQ has it in its lowering record.
@@ -126,6 +128,7 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     layers_source: str = "graph"
     log: tuple[str, ...] = ()
     command: str | None = None
+    run_command: str | None = None
     seconds: float | None = None
     digests: dict[str, str] = {}
     calibration: CalibrationRecord | None = None
@@ -283,8 +286,23 @@ class Backend(Protocol):
         """
         ...
 
-    def open(self, path: Path, *, spec: GateSpec, engine: EngineSpec) -> Runner:
+    def describe(self, path: Path, *, spec: GateSpec, engine: EngineSpec) -> BuildRecord:
+        """What is known of an engine's file that the team brings itself, without running it.
+
+        Raises:
+            RunError: It cannot be read.
+            IncompatibleEngine: It is of another version, GPU or platform.
+        """
+        ...
+
+    def open(self, path: Path, *, spec: GateSpec, engine: EngineSpec, resources: Resources | None = None) -> Runner:
         """Load an engine's file.
+
+        Args:
+            path: The file.
+            spec: Its inputs and their ranges.
+            engine: What was asked for.
+            resources: The model, for engines that are not whole in their file: PyTorch eager and compiled.
 
         Raises:
             RunError: It cannot be loaded.

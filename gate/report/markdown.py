@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gate.errors import GateError
+from gate.report.making import making_lines, reproduce_lines
 from gate.report.table import HEADINGS, device_text, rows
 from gate.report.terminal import next_command
 from gate.results import CheckRun, EngineResult
@@ -119,9 +120,11 @@ def _details(result: EngineResult) -> Iterator[str]:
             f"p99 {milliseconds(latency.p99_ms)} ms, "
             f"max {milliseconds(latency.max_ms)} ms, {latency.throughput:.0f} samples/s"
         )
-    for note in result.notes:
+    for note in (*making_lines(result), *result.notes):
         yield ""
         yield _text(note)
+    if commands := [*reproduce_lines(result)]:
+        yield from ("", "```sh", *(line.replace("```", "` ` `") for line in commands), "```")
     yield ""
     yield "</details>"
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gate.errors import ExitCode
+from gate.report.making import making_lines, reproduce_lines
 from gate.report.table import HEADINGS, NOT_RUN_HERE, device_text, rows
 from gate.results import CheckRun, EngineResult
 from gate.verdict import Failure, Finding, Status
@@ -207,8 +208,10 @@ def _all_findings(result: EngineResult) -> Iterator[str]:
         )
         if finding.status is not Status.PASSED:
             yield from _why(finding)
-    for note in result.notes:
+    for note in (*making_lines(result), *result.notes):
         yield f"{GAP}{note}"
+    for command in reproduce_lines(result):
+        yield f"{GAP}reproduce: {command}"
     if result.reused:
         yield f"{GAP}reused: {', '.join(result.reused)}"
 

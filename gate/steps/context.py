@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from gate.calibration import InputStats, add_inputs, scale_notes
 from gate.data.samples import Batch, DataDigest, DigestedSource, SampleSource, digest_of, open_source, require_disjoint
 from gate.errors import DataError, MeasurementError
 from gate.reference import ModelIdentity, Recording, ReferenceModel, batch_size, read_recording
@@ -113,6 +114,8 @@ class Context:
         self.identity: ModelIdentity
         self.recording: Recording
         self._calibration: tuple[SampleSource, DataDigest] | None = None
+        self._seen: dict[str, InputStats] = {}
+        self.scale_notes: tuple[str, ...] = ()
         self.graph: Exported | None = None
 
     @contextmanager
@@ -136,6 +139,7 @@ class Context:
                 inputs=self.spec.inputs,
                 batch=batch_size(self.file),
                 where=where,
+                look=None if data.calibration is None else lambda inputs: add_inputs(self._seen, inputs),
             )
             self.source = DigestedSource(self.source, self.digest, where)
             labels = np.frombuffer(self.digest.labels, "<i8")
@@ -148,7 +152,7 @@ class Context:
                 self.calibration()
 
     def calibration(self) -> tuple[SampleSource, DataDigest]:
-        """The calibration samples, checked against the evaluation samples."""
+        """The calibration samples, checked against the evaluation samples: none in both, and of the same scale."""
         if self._calibration is None:
             data = self.spec.data
             if data.calibration is None:
@@ -156,8 +160,16 @@ class Context:
             source = open_source(self.file, data.calibration, needed=data.calibration_samples, key="calibration")
             source = _First(source, data.calibration_samples)
             where = f"[data] calibration = {data.calibration!r}"
-            digest = digest_of(source, inputs=self.spec.inputs, batch=batch_size(self.file), where=where)
+            seen: dict[str, InputStats] = {}
+            digest = digest_of(
+                source,
+                inputs=self.spec.inputs,
+                batch=batch_size(self.file),
+                where=where,
+                look=lambda inputs: add_inputs(seen, inputs),
+            )
             require_disjoint(self.digest, digest)
+            self.scale_notes = scale_notes(seen, self._seen)
             self._calibration = (DigestedSource(source, digest, where), digest)
         return self._calibration
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
 
 from gate.data.samples import Batch
-from gate.engines.interface import Backend, Runner
-from gate.errors import BuildError, DataError, GateError, RunError
+from gate.engines.interface import Backend, GpuTimed, Runner
+from gate.errors import BuildError, DataError, GateError, MeasurementError, RunError
 from gate.metamorphic import applicable_checks, metamorphic_findings
+from gate.rebuilds import build_differences, with_spread
 from gate.reference import Recording, batch_size, run_filled
 from gate.results import EngineResult, OutputMetrics, TaskMetrics
 from gate.spec import EngineSpec, LatencySpec, SpecFile, located
 from gate.steps.context import Context, scores_output
-from gate.steps.make import Made, make_engine
+from gate.steps.make import Made, make_engine, model_resources
 from gate.tensors import Array, mismatches
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict, is_covered
+
+if TYPE_CHECKING:
+    from gate.memory import DevicePeak
 
 DIAGNOSED_ROWS = 256
 
@@ -52,11 +58,68 @@ def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineRe
     findings.extend(_build_findings(engine, made, size, file=run.file))
     if not preflight:
         try:
-            with backend.open(made.path, spec=run.spec, engine=located(engine, run.file.folder)) as runner:
-                result = _run_engine(run, engine, runner, result, findings=findings)
+            result = _opened_and_run(run, engine, backend, result, made=made, findings=findings)
         except GateError as err:
             findings.append(_failure("run", err, evidence))
+        if engine.rebuilds > 1:
+            more, notes = rebuilt(run, engine, backend, made)
+            findings = with_spread(findings, more)
+            result = msgspec.structs.replace(result, notes=(*result.notes, *notes))
     return _judged(run, engine, result, findings)
+
+
+def _opened_and_run(
+    run: Context,
+    engine: EngineSpec,
+    backend: Backend,
+    result: EngineResult,
+    *,
+    made: Made,
+    findings: list[Finding | Failure],
+) -> EngineResult:
+    """Load the engine and do everything that needs it; its device memory is watched until it is timed."""
+    from gate.device import device_memory_used_bytes
+    from gate.memory import device_peak
+
+    on_gpu = result.evidence is Evidence.DEVICE
+    with device_peak(device_memory_used_bytes if on_gpu else lambda: None) as peak:
+        with _opened(run, engine, backend, made) as runner:
+            result = _run_engine(run, engine, runner, result, findings=findings, peak=peak)
+        peak.stop()
+    if engine.memory is not None and engine.memory.device_peak_mib is not None:
+        findings.append(_memory_finding("device_peak_mib", peak.mib, engine, run, evidence=Evidence.DEVICE))
+    return msgspec.structs.replace(result, device_peak_mib=peak.mib)
+
+
+def _opened(run: Context, engine: EngineSpec, backend: Backend, made: Made) -> Runner:
+    here = located(engine, run.file.folder)
+    return backend.open(made.path, spec=run.spec, engine=here, resources=model_resources(run))
+
+
+def rebuilt(
+    run: Context, engine: EngineSpec, backend: Backend, made: Made
+) -> tuple[list[list[Finding | Failure]], tuple[str, ...]]:  # the pair never leaves this module
+    """The engine built again, as often as the spec asks, and each build compared with the reference.
+
+    Returns:
+        The findings of each further build, and notes on how the builds differ.
+    """
+    evidence = backend.runs_here(engine) or Evidence.PREFLIGHT
+    found: list[list[Finding | Failure]] = []
+    others: list[Made] = []
+    for index in range(1, engine.rebuilds):
+        findings: list[Finding | Failure] = []
+        found.append(findings)
+        try:
+            again = make_engine(run, engine, backend, rebuild=index)
+            others.append(again)
+            findings.extend(_build_findings(engine, again, again.path.stat().st_size, file=run.file))
+            with _opened(run, engine, backend, again) as runner:
+                _compare(run, engine, runner, evidence, findings)
+        except GateError as err:
+            findings.append(_failure(f"run[rebuild {index}]", err, evidence))
+    builds = (made, *others)
+    return found, build_differences([each.build for each in builds], [each.sha256 for each in builds])
 
 
 def _judged(run: Context, engine: EngineSpec, result: EngineResult, findings: list[Finding | Failure]) -> EngineResult:
@@ -80,9 +143,8 @@ def _judged(run: Context, engine: EngineSpec, result: EngineResult, findings: li
 
 def required_checks(engine: EngineSpec, run: Context) -> tuple[str, ...]:
     """Names of the checks that must have a finding; one of several outputs stands for all of them."""
-    names: list[str] = (
-        [] if engine.plan is not None and engine.backend != "onnxruntime" else ["build.delivered_precision"]
-    )
+    lists_layers = engine.plan is None or engine.backend in ("onnxruntime", "tensorrt", "tensorrt_rtx")
+    names: list[str] = ["build.delivered_precision"] if lists_layers else []
     if engine.required_evidence == "preflight":
         return tuple(names)
     names.extend(applicable_checks(engine, run.spec.inputs))
@@ -101,7 +163,7 @@ def required_checks(engine: EngineSpec, run: Context) -> tuple[str, ...]:
     if engine.baseline is not None:
         names.append("baseline")
     if engine.memory is not None:
-        names.extend(f"memory.{key}" for key in ("engine_mib", "host_peak_mib") if getattr(engine.memory, key))
+        names.extend(f"memory.{key}" for key in engine.memory.__struct_fields__ if getattr(engine.memory, key))
     return tuple(names)
 
 
@@ -132,13 +194,19 @@ def _build_findings(engine: EngineSpec, made: Made, size_bytes: int, *, file: Sp
 
 
 def _run_engine(
-    run: Context, engine: EngineSpec, runner: Runner, result: EngineResult, *, findings: list[Finding | Failure]
+    run: Context,
+    engine: EngineSpec,
+    runner: Runner,
+    result: EngineResult,
+    *,
+    findings: list[Finding | Failure],
+    peak: DevicePeak,
 ) -> EngineResult:
     """Everything that needs the engine to run; findings are appended as they are made, so that none is lost."""
     from gate.memory import host_peak
 
     evidence = result.evidence or Evidence.PREFLIGHT
-    with host_peak() as peak:
+    with host_peak() as host:
         compared = _compare(run, engine, runner, evidence, findings)
         if compared is None:
             return result
@@ -146,30 +214,33 @@ def _run_engine(
             result, outputs=compared.outputs, task=compared.task, notes=(*result.notes, *compared.notes)
         )
         _metamorphic(run, engine, runner, evidence, findings)
+        peak.look()
+        peak.stop()
         if engine.latency is not None:
             result = _latency(run, engine, runner, result, findings=findings)
-    result = msgspec.structs.replace(result, host_peak_mib=peak.mib)
+    result = msgspec.structs.replace(result, host_peak_mib=host.mib)
     if engine.memory is not None and engine.memory.host_peak_mib is not None:
-        findings.append(
-            Finding(
-                check="memory.host_peak_mib",
-                estimate=peak.mib if peak.mib is not None else float("nan"),
-                interval=Interval(peak.mib or 0.0, peak.mib if peak.mib is not None else float("nan")),
-                limit=Limit(
-                    "at_most",
-                    engine.memory.host_peak_mib,
-                    "spec",
-                    run.file.engine_location(engine.name, "memory", "host_peak_mib"),
-                ),
-                unit="MiB",
-                n=1,
-                evidence=evidence,
-                hint="docs/findings.md#memory-host_peak_mib",
-            )
-        )
+        findings.append(_memory_finding("host_peak_mib", host.mib, engine, run, evidence=evidence))
     if engine.baseline is not None:
         result = _against_baseline(run, engine, result, evidence, findings)
     return result
+
+
+def _memory_finding(key: str, mib: float | None, engine: EngineSpec, run: Context, *, evidence: Evidence) -> Finding:
+    """A peak against its budget; NaN, which fails, where the system does not tell."""
+    value = math.nan if mib is None else mib
+    return Finding(
+        check=f"memory.{key}",
+        estimate=value,
+        interval=Interval(0.0 if mib is None else mib, value),
+        limit=Limit(
+            "at_most", getattr(engine.memory, key), "spec", run.file.engine_location(engine.name, "memory", key)
+        ),
+        unit="MiB",
+        n=1,
+        evidence=evidence,
+        hint=f"docs/findings.md#memory-{key}",
+    )
 
 
 @dataclass(frozen=True)
@@ -366,7 +437,7 @@ def _latency(
             rows = np.arange(asked.batch) % batch.size
             feed = {name: np.ascontiguousarray(values[rows]) for name, values in batch.inputs.items()}
             raw = sample(
-                runner.timed(feed),
+                _timed_call(runner, feed, region=asked.timed),
                 samples=count,
                 warm_up_s=asked.warm_up_s,
                 max_time_s=asked.max_time_s,
@@ -378,13 +449,31 @@ def _latency(
                 sessions=1,
                 warm_up=raw.warm_up,
                 clock=raw.clock,
-                timed="host_wall",
+                timed=asked.timed,
             )
             findings.extend(latency_findings(metrics, engine=engine, file=run.file, evidence=evidence))
         except GateError as err:
             findings.append(_failure("latency", err, evidence))
             return result
     return msgspec.structs.replace(result, latency=metrics)
+
+
+def _timed_call(
+    runner: Runner, feed: Mapping[str, Array], *, region: Literal["host_wall", "gpu_compute"]
+) -> Callable[[], int | None]:
+    """What the clock goes around, or what times itself on the device.
+
+    Raises:
+        MeasurementError: The engine cannot be timed on the device.
+    """
+    if region == "host_wall":
+        return runner.timed(feed)
+    if not isinstance(runner, GpuTimed):
+        raise MeasurementError(
+            'timed = "gpu_compute" needs an engine that runs on a GPU and can be timed there',
+            hint='Leave timed out, which is "host_wall".',
+        )
+    return runner.gpu_timed(feed)
 
 
 def _against_baseline(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from gate.engines.feed import profile_of
-from gate.engines.graph import layers_of, opset_of
+from gate.engines.graph import opset_of
 from gate.engines.interface import Backend, BuildRecord, LoweringRecord, Resources
 from gate.errors import BuildError
 from gate.manifest import sha256_hex
@@ -128,11 +127,15 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend, *, rebuild: 
     if engine.plan is not None:
         path = run.file.folder / engine.plan
         _require_file(path, run, engine, "plan")
+        opset = None
         if engine.backend == "onnxruntime":
             onnx_digest(path)  # refuses what is no ONNX file
-            return Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), _opset(path), None, ())
-        note = f"precision {engine.precision} is what the spec says of this plan; its layers were not listed"
-        return Made(path, file_digest(path), backend_record_of_plan(backend, engine, run), None, None, (), (note,))
+            opset = _opset(path)
+        record = backend.describe(path, spec=run.spec, engine=located(engine, run.file.folder))
+        notes: tuple[str, ...] = ()
+        if not record.layers:
+            notes = (f"precision {engine.precision} is what the spec says of this file; its layers were not listed",)
+        return Made(path, file_digest(path), record, opset, None, (), notes)
     here = located(engine, run.file.folder)
     graph = _graph_for(run, engine, backend)
     calibrates = engine.options.typing == "weak" and engine.precision == "int8" and not engine.brings_scales
@@ -180,7 +183,11 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend, *, rebuild: 
         opset=graph.opset,
         calibration_sha256=calibration_sha256,
         reused=tuple(reused),
-        notes=(*graph.notes, *(record.calibration.notes if record.calibration is not None else ())),
+        notes=(
+            *graph.notes,
+            *(record.calibration.notes if record.calibration is not None else ()),
+            *(run.scale_notes if calibration_sha256 is not None else ()),
+        ),
         lowering=graph.lowering,
     )
 
@@ -210,13 +217,20 @@ def _graph_for(run: Context, engine: EngineSpec, backend: Backend) -> _Graph:
     )
 
 
+def model_resources(run: Context) -> Resources:
+    """The model and inputs to trace it with; no model where the reference is a recording."""
+    return Resources(
+        model=(lambda: run.model.module) if run.options.reference is None else None,
+        feeds=lambda: _export_feeds(run),
+    )
+
+
 def _resources(run: Context, graph: _Graph, calibration_sha256: str | None) -> Resources:
     """What a build may ask for; each is opened only when it is asked for."""
     calibrates = calibration_sha256 is not None
     size = batch_size(run.file)
-    return Resources(
-        model=(lambda: run.model.module) if run.options.reference is None else None,
-        feeds=lambda: _export_feeds(run),
+    return replace(
+        model_resources(run),
         calibration=(lambda: (batch.inputs for batch in run.calibration()[0].batches(size))) if calibrates else None,
         calibration_sha256=calibration_sha256,
         onnx_sha256=graph.sha256,
@@ -258,24 +272,6 @@ def _require_file(path: Path, run: Context, engine: EngineSpec, key: str) -> Non
         raise BuildError(f"there is no {path}", where=run.file.engine_location(engine.name, key))
 
 
-def backend_record_of_plan(backend: Backend, engine: EngineSpec, run: Context) -> BuildRecord:
-    """What is known of a plan that the gate did not build: what the spec says of it."""
-    record = BuildRecord(
-        backend=engine.backend,
-        backend_version=backend.version(),
-        precision=engine.precision,
-        options={},
-        profile=profile_of(run.spec),
-        layers_source="not listed: the plan was not built here",
-    )
-    if engine.plan is None or engine.backend != "onnxruntime":
-        return record
-    import onnx
-
-    graph = onnx.load(run.file.folder / engine.plan, load_external_data=False)
-    return msgspec.structs.replace(record, layers=layers_of(graph), layers_source="graph")
-
-
 @dataclass(frozen=True)
 class Lowered:
     """The exported graph in an engine's precision. `record` is None where it comes from a recording."""
@@ -306,14 +302,16 @@ def lowered_graph(run: Context, engine: EngineSpec, exported: Exported) -> Lower
     calibration_sha256: str | None = None
     with run.stage("lower", engine=engine.precision):
         calibrated = engine.precision in QUANTIZED and not engine.brings_scales
-        if calibrated:
+        measured = engine.lowering.data_max is not None and run.spec.data.calibration is not None
+        looks_at_samples = calibrated or measured
+        if looks_at_samples:
             calibration_sha256 = run.calibration()[1].inputs_sha256
         key = run.cache.entry_key(
             onnx=exported.sha256,
             precision=engine.precision,
             lowering=msgspec.to_builtins(engine.lowering),
             calibration=calibration_sha256,
-            batch=batch_size(run.file) if calibrated else None,
+            batch=batch_size(run.file) if looks_at_samples else None,
             tool=tool_version(engine.precision, engine.lowering),
         )
         entry = run.cache.get("lowered", key)
@@ -324,7 +322,7 @@ def lowered_graph(run: Context, engine: EngineSpec, exported: Exported) -> Lower
             def make(folder: Path) -> None:
                 batches = (
                     (batch.inputs for batch in run.calibration()[0].batches(batch_size(run.file)))
-                    if calibrated
+                    if looks_at_samples
                     else None
                 )
                 path = folder / "model.onnx"

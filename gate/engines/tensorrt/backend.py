@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from gate.device import Gpu, gpu
-from gate.engines.interface import BuildRecord, Origin, Resources
+from gate.engines.feed import profile_of
+from gate.engines.interface import BuildRecord, Layer, Origin, Resources
 from gate.engines.tensorrt import api
 from gate.engines.tensorrt.build import build_plan
+from gate.engines.tensorrt.command import run_command
+from gate.engines.tensorrt.layers import inspect_plan
+from gate.engines.tensorrt.loaded import LoadedPlan, host, read_plan
+from gate.engines.tensorrt.plan import read_header, require_compatible
 from gate.engines.tensorrt.runner import TensorRTRunner
 from gate.errors import BackendUnavailable, BuildError
+from gate.results import Fingerprint
 from gate.spec import EngineSpec, GateSpec
 from gate.verdict import Evidence
 
@@ -82,7 +90,7 @@ class TensorRTBackend:
                 "backend 'tensorrt' builds on the GPU that the engine runs on, and there is none here",
                 hint='Compile here with backend = "tensorrt_rtx" and evidence = "preflight", or run on a GPU host.',
             )
-        return build_plan(
+        record = build_plan(
             self.name,
             onnx=onnx,
             out=out,
@@ -91,14 +99,57 @@ class TensorRTBackend:
             resources=resources or Resources(),
             runs_here=self.runs_here(engine) is Evidence.DEVICE,
         )
+        timing = run_command(out, spec=spec, engine=engine, record=record)
+        return msgspec.structs.replace(record, run_command=timing)
 
-    def open(self, path: Path, *, spec: GateSpec, engine: EngineSpec) -> TensorRTRunner:
-        """Deserialise a plan. A plan is executable: verify its digest first.
+    def describe(self, path: Path, *, spec: GateSpec, engine: EngineSpec) -> BuildRecord:
+        """What a plan of the team's own says of itself: its version by its header, its layers by the inspector on a GPU.
+
+        Raises:
+            IncompatibleEngine: The plan is no plan, truncated, or not for here.
+            RunError: It cannot be read.
+        """
+        options = engine.options
+        data = self.require_compatible(path, engine=engine)
+        header = read_header(data)
+        layers: tuple[Layer, ...] = ()
+        source = "not listed: that takes a GPU"
+        if self.runs_here(engine) is Evidence.DEVICE:
+            found = inspect_plan(
+                self.name,
+                path,
+                plugins=options.plugins or (),
+                version_compatible=options.version_compatible is True,
+                tf32=engine.precision == "tf32" or options.tf32 is True,
+            )
+            layers, source = found.layers, "inspector"
+        version = self.version()
+        if header is not None and header.version is not None:
+            version = ".".join(map(str, header.version))
+        return BuildRecord(
+            backend=self.name,
+            backend_version=version,
+            precision=engine.precision,
+            options={"plan": path.name},
+            profile=profile_of(spec),
+            layers=layers,
+            layers_source=source,
+        )
+
+    def open(
+        self,
+        path: Path,
+        *,
+        spec: GateSpec,
+        engine: EngineSpec,
+        resources: Resources | None = None,  # noqa: ARG002 - the plan is all it takes
+    ) -> TensorRTRunner:
+        """Deserialise a plan, held against what is here before. A plan is executable: verify its digest first.
 
         Raises:
             BackendUnavailable: It is not installed, or no GPU here can run it; said before the plan is read.
-            IncompatibleEngine: The runtime refuses the plan.
-            RunError: Its inputs are not the spec's.
+            IncompatibleEngine: The plan is no plan, truncated, or for another runtime, version, GPU or platform.
+            RunError: It cannot be read, its inputs are not the spec's, or a plugin library cannot be loaded.
         """
         device = gpu()
         if device is None:
@@ -109,8 +160,53 @@ class TensorRTBackend:
             )
         if (refusal := self._refusal(device)) is not None:
             raise BackendUnavailable(refusal, where=str(path))
-        api.version(self.name)
-        return TensorRTRunner(api.module(self.name), path, spec=spec, cast_io=engine.cast_io)
+        data = self.require_compatible(path, engine=engine)
+        options = engine.options
+        plan = LoadedPlan(
+            api.module(self.name),
+            data,
+            where=str(path),
+            plugins=options.plugins or (),
+            host_code=options.version_compatible is True,
+        )
+        return TensorRTRunner(plan, spec=spec, cast_io=engine.cast_io, cuda_graph=options.cuda_graph is True)
+
+    def require_compatible(
+        self,
+        path: Path,
+        *,
+        engine: EngineSpec,
+        record: BuildRecord | None = None,
+        device: Fingerprint | None = None,
+    ) -> bytes:
+        """Hold a plan against what is here without deserialising it.
+
+        Args:
+            path: The plan.
+            engine: Its options say whether it is version-compatible and hardware-compatible, where there is no record.
+            record: How it was built, where that is known.
+            device: Where it was built, where that is known.
+
+        Returns:
+            The plan's bytes, those that were held against.
+
+        Raises:
+            BackendUnavailable: The runtime is not installed.
+            IncompatibleEngine: The plan is no plan, truncated, or for another runtime, version, GPU or platform.
+            RunError: It cannot be read.
+        """
+        here = host(self.name)
+        data = read_plan(path)
+        require_compatible(
+            data,
+            host=here,
+            where=str(path),
+            version_compatible=engine.options.version_compatible is True,
+            hardware_compatible=engine.options.hardware_compatible,
+            record=record,
+            device=device,
+        )
+        return data
 
     def _refusal(self, device: Gpu) -> str | None:
         """Why this runtime does not run on a GPU; None where it does."""

@@ -2,68 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from gate.engines.feed import require_feed, require_inputs
-from gate.engines.tensorrt.api import dtype as dtype_of
-from gate.engines.tensorrt.log import Log
+from gate.engines.tensorrt.buffers import Buffers, output_allocator
+from gate.engines.tensorrt.device_array import DeviceArray, DeviceInput, device_input, nbytes_of
+from gate.engines.tensorrt.loaded import BFLOAT16, LoadedPlan, Profile
 from gate.engines.tensorrt.memory import Memory, memory
-from gate.errors import IncompatibleEngine, RunError
+from gate.errors import RunError
 from gate.spec import GateSpec
 from gate.tensors import Array, NamedArrays, TensorMeta
 
+Shape = tuple[int, ...]
 
-class TensorRTRunner:
-    """A deserialised plan on the first visible GPU, with one execution context and one stream.
+
+@dataclass(eq=False)
+class _Bound:
+    """Inputs that the runner was asked to run, and where it put them while they are the current ones.
 
     Args:
-        trt: The module, `tensorrt` or `tensorrt_rtx`.
-        path: The plan.
+        feed: As given, in the engine's dtypes.
+        inputs: Per input its page-locked array and its address on the device.
+        outputs: The same per output whose shape does not depend on values.
+    """
+
+    feed: Mapping[str, Array]
+    inputs: dict[str, tuple[Array, int]] = field(default_factory=dict)
+    outputs: dict[str, tuple[Array, int]] = field(default_factory=dict)
+
+
+class TensorRTRunner:
+    """A deserialised plan on the first visible GPU, with an execution context, a stream and buffers of its own.
+
+    Args:
+        plan: The engine; the runner holds it until it is closed.
         spec: Its inputs and their ranges.
         cast_io: Feed a float input in the engine's own floating dtype.
+        cuda_graph: Capture the inference, and replay it while shapes and addresses stay the same.
+        memory_of: Gives what device memory comes from.
 
     Raises:
-        IncompatibleEngine: The runtime refuses the plan.
-        RunError: Its inputs are not the spec's, or it cannot be run.
+        RunError: Its inputs are not the spec's, NumPy does not have the type of one, or it cannot be run.
         BackendUnavailable: No library for device memory is installed.
     """
 
-    def __init__(self, trt: Any, path: Path, *, spec: GateSpec, cast_io: bool = False) -> None:
-        self._where = str(path)
+    def __init__(
+        self,
+        plan: LoadedPlan,
+        *,
+        spec: GateSpec,
+        cast_io: bool = False,
+        cuda_graph: bool = False,
+        memory_of: Callable[[], Memory] = memory,
+    ) -> None:
+        self._plan = plan
+        self._where = plan.where
         self._spec = spec
         self._cast_io = cast_io
-        self._log = Log()
-        self._logger = self._log.logger(trt)
-        self._memory: Memory | None = memory()
-        self._buffers: dict[str, tuple[int, int]] = {}
-        if hasattr(trt, "init_libnvinfer_plugins"):
-            trt.init_libnvinfer_plugins(self._logger, "")
-        self._runtime: Any = trt.Runtime(self._logger)
-        self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise IncompatibleEngine(
-                f"{trt.__name__} {trt.__version__} refuses the plan: {' · '.join(self._log.last()) or 'no reason given'}",
-                where=self._where,
-                hint="Build it here, with the installed version and on this GPU.",
-            )
-        self._context: Any = self._engine.create_execution_context()
-        if self._context is None:
-            raise RunError(f"no execution context: {' · '.join(self._log.last())}", where=self._where)
-        self._stream = self._memory.stream()
-        self._inputs: dict[str, TensorMeta] = {}
-        self._outputs: dict[str, TensorMeta] = {}
-        for index in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(index)
-            shape = tuple(None if size < 0 else size for size in self._engine.get_tensor_shape(name))
-            meta = TensorMeta(name, dtype_of(self._engine.get_tensor_dtype(name).name), shape)
-            is_input = self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            (self._inputs if is_input else self._outputs)[name] = meta
-        require_inputs(self._inputs, spec=spec, cast_io=cast_io, where=self._where)
+        self._cuda_graph = cuda_graph
+        self._memory_of = memory_of
+        self._closed = False
+        self._memory: Memory | None = None
+        self._stream: int | None = None
+        self._context: Any = None
+        self._events: list[int] = []
+        self._graph: int | None = None
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+        self._bound: _Bound | None = None
+        self._runs = 0
+        plan.hold()
+        try:
+            self._inputs, self._outputs = plan.tensors()
+            require_inputs(self._inputs, spec=spec, cast_io=cast_io, where=self._where)
+            plan.require_runnable()
+            self._profiles = plan.profiles()
+            self._memory = memory_of()
+            self._buffers = Buffers(self._memory)
+            self._allocator = output_allocator(plan.trt, self._buffers)
+            self._stream = self._memory.stream()
+            self._context = plan.context()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def inputs(self) -> Mapping[str, TensorMeta]:
@@ -75,42 +102,167 @@ class TensorRTRunner:
         """What it gives."""
         return self._outputs
 
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The plan's optimization profiles. A feed is run in the first that holds its shapes."""
+        return self._profiles
+
+    @property
+    def device_memory_bytes(self) -> int:
+        """Device memory that an execution context takes for activations, beside weights, inputs and outputs.
+
+        Raises:
+            RunError: The runner is closed.
+        """
+        self._opened()
+        return self._plan.device_memory_bytes
+
     def run(self, feed_dict: NamedArrays) -> dict[str, Array]:
-        """One inference: copy in, compute, copy out, wait.
+        """One inference: copy in through page-locked memory, compute, copy out, wait.
+
+        Outputs in bfloat16 come as float32. An output whose shape depends on values has the shape that it got.
 
         Raises:
             RunError: An input does not fit, the engine failed, or the runner is closed.
         """
-        feed, outputs = self._bind(feed_dict)
-        self._infer(feed, outputs)
+        bound = self._bind(feed_dict)
+        with self._recovering():
+            found = self._infer(bound)
         return {
-            name: _float32_from_bfloat16(array) if self._outputs[name].dtype == "bfloat16" else array
-            for name, array in outputs.items()
+            name: _float32_from_bfloat16(found[name]) if meta.dtype == BFLOAT16 else found[name].copy()
+            for name, meta in self._outputs.items()
         }
 
     def timed(self, feed_dict: NamedArrays) -> Callable[[], None]:
-        """One inference with both copies, from arrays and buffers that are there already, done when it returns.
+        """One inference with both copies, between page-locked arrays and buffers that are there, done when it returns.
 
         Raises:
             RunError: As `run`.
         """
-        feed, outputs = self._bind(feed_dict)
+        bound = self._bind(feed_dict)
 
         def once() -> None:
-            self._infer(feed, outputs)
+            self._opened()
+            with self._recovering():
+                if self._bound is not bound:
+                    self._place(bound)
+                self._infer(bound)
 
         once()
         return once
 
+    def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
+        """The engine alone, or the launch of its graph, between two CUDA events; the inputs lie on the device already.
+
+        Returns:
+            A function that runs one inference and returns its nanoseconds on the device.
+
+        Raises:
+            RunError: As `run`.
+        """
+        bound = self._bind(feed_dict)
+        memory, stream = self._opened()
+        while len(self._events) < 2:
+            self._events.append(memory.event())
+        start, end = self._events
+        is_copied = False
+
+        def once() -> int:
+            nonlocal is_copied
+            self._opened()
+            with self._recovering():
+                if self._bound is not bound or not is_copied:
+                    self._place(bound)
+                    self._copy_in(bound)
+                    is_copied = True
+                self._capture()
+                memory.synchronize(stream)
+                memory.record(start, stream)
+                self._execute()
+                memory.record(end, stream)
+                return memory.elapsed_ns(start, end)
+
+        once()
+        return once
+
+    def run_on_device(self, feed_dict: Mapping[str, Any]) -> dict[str, DeviceArray]:
+        """One inference on arrays that lie on the device: nothing is copied, neither in nor out.
+
+        Args:
+            feed_dict: Per input an object with `__cuda_array_interface__`, such as a CUDA tensor of PyTorch or an array of
+                CuPy: C-contiguous, in the engine's own dtype, at an address that is a multiple of 256.
+
+        Returns:
+            The outputs, done. Each holds until this runner's next inference, or until it is closed.
+
+        Raises:
+            RunError: As `run`, or an input is not such an array.
+        """
+        memory, stream = self._opened()
+        given = self._device_feed(feed_dict)
+        self._bound = None
+        with self._recovering():
+            self._set_shapes({name: each.shape for name, each in given.items()})
+            for name, each in given.items():
+                if each.stream is not None:
+                    memory.synchronize(each.stream)
+                self._set_address(name, each.address)
+            shapes = self._place_outputs()
+            self._capture()
+            self._execute()
+            memory.synchronize(stream)
+            run = self._runs
+            shapes |= self._dynamic_shapes()
+            return {
+                name: DeviceArray(
+                    self._buffers.device(name, 0),
+                    shape=shapes[name],
+                    dtype=meta.dtype,
+                    is_current=lambda: not self._closed and self._runs == run,
+                )
+                for name, meta in self._outputs.items()
+            }
+
+    def fresh(self) -> TensorRTRunner:
+        """Another runner, with a context, a stream and buffers of its own, closed on its own.
+
+        It shares the engine; in TensorRT 8 and 9, whose contexts do not share a profile, it loads the plan again.
+
+        Raises:
+            RunError: It cannot be made, or this one is closed.
+        """
+        self._opened()
+        return TensorRTRunner(
+            self._plan.another(),
+            spec=self._spec,
+            cast_io=self._cast_io,
+            cuda_graph=self._cuda_graph,
+            memory_of=self._memory_of,
+        )
+
     def close(self) -> None:
-        """Free the context, the engine and the device memory."""
-        memory, self._memory = self._memory, None
-        self._context = self._engine = self._runtime = None
+        """Free the context, the buffers and the stream; the engine too where no other runner holds it."""
+        if self._closed:
+            return
+        self._closed = True
+        memory, stream = self._memory, self._stream
+        # After an error of CUDA each of these may fail again; what can be given back still is.
         if memory is not None:
-            for address, _ in self._buffers.values():
-                memory.free(address)
-            self._buffers = {}
-            memory.close(self._stream)
+            if stream is not None:
+                with contextlib.suppress(RunError):
+                    memory.synchronize(stream)
+            with contextlib.suppress(RunError):
+                self._drop_graph()
+            for event in self._events:
+                with contextlib.suppress(RunError):
+                    memory.drop_event(event)
+        self._context = self._bound = self._allocator = None
+        if memory is not None:
+            self._buffers.close()
+            if stream is not None:
+                with contextlib.suppress(RunError):
+                    memory.close(stream)
+        self._plan.release()
 
     def __enter__(self) -> TensorRTRunner:
         return self
@@ -120,51 +272,250 @@ class TensorRTRunner:
     ) -> None:
         self.close()
 
-    def _bind(self, feed_dict: NamedArrays) -> tuple[dict[str, Array], dict[str, Array]]:
-        if self._memory is None:
+    def _opened(self) -> tuple[Memory, int]:
+        if self._closed or self._memory is None or self._stream is None:
             raise RunError("the runner is closed", where=self._where)
-        feed = require_feed(feed_dict, self._inputs, spec=self._spec, cast_io=self._cast_io)
-        for name, array in feed.items():
-            if not self._context.set_input_shape(name, array.shape):
-                raise self._failed(f"input {name!r} cannot have the shape {list(array.shape)}")
-            self._place(name, array.nbytes)
-        outputs: dict[str, Array] = {}
+        return self._memory, self._stream
+
+    @contextlib.contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """After an error nothing that was set is relied on: the next inference sets all of it again."""
+        try:
+            yield
+        except BaseException:
+            self._bound = None
+            self._shapes = {}
+            self._addresses = {}
+            with contextlib.suppress(RunError):
+                self._drop_graph()
+            raise
+
+    def _bind(self, feed_dict: NamedArrays) -> _Bound:
+        self._opened()
+        bound = _Bound(require_feed(feed_dict, self._inputs, spec=self._spec, cast_io=self._cast_io))
+        with self._recovering():
+            self._place(bound)
+        return bound
+
+    def _place(self, bound: _Bound) -> None:
+        """Make it the current one: shapes, buffers and addresses, and its inputs in page-locked memory."""
+        self._bound = None
+        self._set_shapes({name: array.shape for name, array in bound.feed.items()})
+        for name, array in bound.feed.items():
+            address = self._buffers.device(name, array.nbytes)
+            staged = self._pinned(name, array.dtype.name, array.shape)
+            staged[...] = array
+            bound.inputs[name] = (staged, address)
+            self._set_address(name, address)
+        bound.outputs = {
+            name: (self._pinned(name, self._outputs[name].dtype, shape), self._addresses[name])
+            for name, shape in self._place_outputs().items()
+        }
+        self._bound = bound
+
+    def _set_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        memory, stream = self._opened()
+        profile = self._profile_of(shapes)
+        if self._context.active_optimization_profile != profile.index:
+            self._drop_graph()
+            self._shapes, self._addresses = {}, {}
+            if not self._context.set_optimization_profile_async(profile.index, stream):
+                raise self._plan.failed(f"the engine does not switch to profile {profile.index}")
+            memory.synchronize(stream)
+        for name, shape in shapes.items():
+            if self._shapes.get(name) == shape:
+                continue
+            self._drop_graph()
+            if not self._context.set_input_shape(name, shape):
+                raise self._plan.failed(f"input {name!r} cannot have the shape {list(shape)}")
+            self._shapes[name] = shape
+
+    def _profile_of(self, shapes: Mapping[str, Shape]) -> Profile:
+        """The first profile that holds the shapes.
+
+        Raises:
+            RunError: None does; says which axis and what is allowed.
+        """
+        outside = {
+            profile.index: {(name, axis) for name, shape in shapes.items() for axis in profile.outside(name, shape)}
+            for profile in self._profiles
+        }
+        for profile in self._profiles:
+            if not outside[profile.index]:
+                return profile
+        several = len(self._profiles) > 1
+        hint = "Build the engine with a profile that holds it: [inputs] or options.profiles in the spec."
+        for name, shape in shapes.items():
+            for axis, size in enumerate(shape):
+                if all((name, axis) in each for each in outside.values()):
+                    allowed = dict.fromkeys(
+                        _range(profile.ranges[name][0][axis], profile.ranges[name][2][axis])
+                        for profile in self._profiles
+                    )
+                    raise RunError(
+                        f"input {name!r} is {list(shape)}: axis {axis} ({self._spec.inputs[name].shape[axis]}) is {size}, "
+                        f"the plan's profile{'s allow' if several else ' allows'} {' or '.join(allowed)}",
+                        where=self._where,
+                        hint=hint,
+                    )
+        ranges = "; ".join(
+            f"profile {each.index}: "
+            + ", ".join(f"{name} {list(low)} to {list(high)}" for name, (low, _, high) in each.ranges.items())
+            for each in self._profiles
+        )
+        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise RunError(f"no profile of the plan holds {given} ({ranges})", where=self._where, hint=hint)
+
+    def _place_outputs(self) -> dict[str, Shape]:
+        """Give every output a buffer, or, where its shape depends on values, the allocator; the shapes of the former."""
+        shapes: dict[str, Shape] = {}
         for name, meta in self._outputs.items():
-            shape = tuple(self._context.get_tensor_shape(name))
+            shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
             if any(size < 0 for size in shape):
-                raise self._failed(f"output {name!r} has a shape that depends on values, {list(shape)}")
-            outputs[name] = np.empty(shape, "uint16" if meta.dtype == "bfloat16" else meta.dtype)
-            self._place(name, outputs[name].nbytes)
-        return feed, outputs
+                if not self._context.set_output_allocator(name, self._allocator):
+                    raise self._plan.failed(f"no output allocator for {name!r}")
+                continue
+            shapes[name] = shape
+            self._set_address(name, self._buffers.device(name, nbytes_of(meta.dtype, shape)))
+        return shapes
 
-    def _place(self, name: str, nbytes: int) -> None:
-        if self._memory is None:
-            raise RunError("the runner is closed", where=self._where)
-        address, size = self._buffers.get(name, (0, -1))
-        if size < nbytes:
-            if size >= 0:
-                del self._buffers[name]
-                self._memory.free(address)
-            address = self._memory.allocate(max(nbytes, 1))
-            self._buffers[name] = (address, nbytes)
+    def _set_address(self, name: str, address: int) -> None:
+        if self._addresses.get(name) == address:
+            return
+        self._drop_graph()
         if not self._context.set_tensor_address(name, address):
-            raise self._failed(f"no address for {name!r}")
+            raise self._plan.failed(f"no address for {name!r}")
+        self._addresses[name] = address
 
-    def _infer(self, feed: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        memory = self._memory
-        if memory is None:
-            raise RunError("the runner is closed", where=self._where)
-        for name, array in feed.items():
-            memory.to_device(self._buffers[name][0], array, self._stream)
-        if not self._context.execute_async_v3(self._stream):
-            raise self._failed("the engine did not run")
-        for name, array in outputs.items():
-            memory.to_host(array, self._buffers[name][0], self._stream)
-        memory.synchronize(self._stream)
+    def _pinned(self, name: str, dtype: str, shape: Shape) -> Array:
+        return self._buffers.pinned(
+            name,
+            dtype="uint16" if dtype == BFLOAT16 else dtype,
+            shape=shape,
+            nbytes=nbytes_of(dtype, shape),
+        )
 
-    def _failed(self, what: str) -> RunError:
-        told = " · ".join(self._log.last())
-        return RunError(f"{what}{f': {told}' if told else ''}", where=self._where)
+    def _copy_in(self, bound: _Bound) -> None:
+        memory, stream = self._opened()
+        for array, address in bound.inputs.values():
+            memory.to_device(address, array, stream)
+
+    def _infer(self, bound: _Bound) -> dict[str, Array]:
+        """Both copies and the inference between; the outputs in page-locked memory."""
+        memory, stream = self._opened()
+        self._copy_in(bound)
+        self._capture()
+        self._execute()
+        outputs = dict(bound.outputs)
+        for name, shape in self._dynamic_shapes().items():
+            outputs[name] = (self._pinned(name, self._outputs[name].dtype, shape), self._buffers.device(name, 0))
+        for array, address in outputs.values():
+            if array.nbytes:
+                memory.to_host(array, address, stream)
+        memory.synchronize(stream)
+        return {name: array for name, (array, _) in outputs.items()}
+
+    def _execute(self) -> None:
+        memory, stream = self._opened()
+        self._runs += 1
+        if self._graph is not None:
+            memory.launch(self._graph, stream)
+            return
+        self._allocator.shapes, self._allocator.error = {}, None
+        ran = self._context.execute_async_v3(stream)
+        if self._allocator.error is not None:
+            error = self._allocator.error
+            raise RunError(f"no memory for an output: {error.message}", where=self._where) from error
+        if not ran:
+            raise self._plan.failed("the engine did not run")
+
+    def _dynamic_shapes(self) -> dict[str, Shape]:
+        """What the outputs turned out to be whose shape depends on values.
+
+        Raises:
+            RunError: The engine did not say.
+        """
+        shapes: dict[str, Shape] = {}
+        for name in self._outputs:
+            if name in self._addresses:
+                continue
+            shape = self._allocator.shapes.get(name)
+            if shape is None or any(size < 0 for size in shape):
+                raise self._plan.failed(f"the engine did not say what shape output {name!r} has")
+            shapes[name] = shape
+        return shapes
+
+    def _capture(self) -> None:
+        """Capture the inference where that was asked for and is not done: once run as it is, then collected.
+
+        Raises:
+            RunError: It cannot be captured.
+        """
+        if not self._cuda_graph or self._graph is not None:
+            return
+        memory, stream = self._opened()
+        hint = "Leave options.cuda_graph out for this engine."
+        dynamic = [name for name in self._outputs if name not in self._addresses]
+        if dynamic:
+            raise RunError(
+                f"no CUDA graph of this engine: the shape of output {', '.join(map(repr, dynamic))} depends on values",
+                where=self._where,
+                hint=hint,
+            )
+        # The first inference in a shape allocates and initialises, which cannot be captured.
+        self._execute()
+        memory.synchronize(stream)
+        try:
+            memory.begin_capture(stream)
+            try:
+                ran = self._context.execute_async_v3(stream)
+            finally:
+                graph = memory.end_capture(stream)
+        except RunError as err:
+            raise RunError(
+                f"the inference cannot be captured in a CUDA graph: {err.message}", where=self._where, hint=hint
+            ) from err
+        if not ran:
+            memory.drop_graph(graph)
+            failed = self._plan.failed("the inference cannot be captured in a CUDA graph")
+            raise RunError(failed.message, where=self._where, hint=hint)
+        self._graph = graph
+
+    def _drop_graph(self) -> None:
+        graph, self._graph = self._graph, None
+        if graph is not None and self._memory is not None:
+            self._memory.drop_graph(graph)
+
+    def _device_feed(self, feed_dict: Mapping[str, Any]) -> dict[str, DeviceInput]:
+        """What lies on the device, held against the engine's inputs.
+
+        Raises:
+            RunError: One is missing, unexpected or cannot be read there, or two disagree about a named axis.
+        """
+        memory, _ = self._opened()
+        missing = [name for name in self._inputs if name not in feed_dict]
+        extra = [name for name in feed_dict if name not in self._inputs]
+        if missing or extra:
+            what = f"input {', '.join(map(repr, missing))} is missing" if missing else ""
+            what += "; " if missing and extra else ""
+            what += f"unexpected input {', '.join(map(repr, extra))}" if extra else ""
+            raise RunError(f"{what}; it takes {', '.join(map(repr, self._inputs))}", where=self._where)
+        given = {name: device_input(name, feed_dict[name], meta) for name, meta in self._inputs.items()}
+        sizes: dict[str, tuple[str, int]] = {}
+        for name, each in given.items():
+            if not memory.is_on_device(each.address):
+                raise RunError(f"input {name!r} does not lie on the GPU: address {each.address:#x}", where=self._where)
+            if self._buffers.overlaps(each.address, each.nbytes):
+                raise RunError(
+                    f"input {name!r} lies in a buffer of this runner, which the inference writes to",
+                    where=self._where,
+                    hint="Copy the output before it is fed again.",
+                )
+            for axis, size in zip(self._spec.inputs[name].shape, each.shape, strict=True):
+                other, known = sizes.setdefault(axis, (name, size)) if isinstance(axis, str) else (name, size)
+                if known != size:
+                    raise RunError(f"axis {axis!r} is {known} in input {other!r} and {size} in input {name!r}")
+        return given
 
 
 def _float32_from_bfloat16(bits: Array) -> Array:
@@ -174,3 +525,7 @@ def _float32_from_bfloat16(bits: Array) -> Array:
         bits: uint16, any shape.
     """
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gate.engines.feed import metas_from_spec, require_feed
+from gate.engines.torch import arithmetic
 from gate.errors import GateError, RunError
 from gate.factory import failure_of
 from gate.spec import GateSpec
@@ -107,25 +108,28 @@ def require_module(module: Any, *, error: type[GateError] = RunError, where: str
 class TorchRunner:
     """A module in PyTorch, eager, in inference mode, with TF32 off and deterministic algorithms.
 
-    PyTorch's process-wide switches are set while it is open and put back when it is closed.
+    PyTorch's process-wide switches are set while it is open and put back when it is closed; a module that was moved
+    to the GPU is moved back to the CPU.
 
     Args:
-        module: A `torch.nn.Module` in eval mode.
+        module: A `torch.nn.Module` in eval mode, on the CPU.
         spec: Its inputs, and the names of its outputs.
-        device: Where to run.
+        device: Where to run: `cpu` or `cuda`.
 
     Raises:
-        RunError: It is no module, or in train mode.
+        RunError: It is no module, in train mode, or does not fit on the device.
+        BackendUnavailable: PyTorch finds no GPU.
     """
 
     def __init__(self, module: Any, *, spec: GateSpec, device: str = "cpu") -> None:
         require_module(module)
-        self._module: Any = module.to(device)
+        arithmetic.require_device(device)
+        self._module: Any = moved(module, device)
         self._device = device
         self._spec = spec
         self._inputs = metas_from_spec(spec)
         self._outputs: dict[str, TensorMeta] | None = None
-        self._restore: Callable[[], None] | None = _strict_arithmetic()
+        self._restore: Callable[[], None] | None = arithmetic.strict()
 
     @property
     def inputs(self) -> Mapping[str, TensorMeta]:
@@ -147,18 +151,7 @@ class TorchRunner:
         """
         tensors = self._tensors(feed_dict)
         outputs = {name: self._array(tensor) for name, tensor in self._call(tensors).items()}
-        first = next(iter(self._spec.inputs.values()))
-        axis, size = first.shape[0], next(iter(feed_dict.values())).shape[0]
-        self._outputs = {
-            name: TensorMeta(
-                name,
-                array.dtype.name,
-                (axis if array.ndim and array.shape[0] == size else None, *(None for _ in array.shape[1:]))
-                if array.ndim
-                else (),
-            )
-            for name, array in outputs.items()
-        }
+        self._outputs = metas_of(outputs, feed_dict, spec=self._spec)
         return outputs
 
     def timed(self, feed_dict: NamedArrays) -> Callable[[], None]:
@@ -176,10 +169,12 @@ class TorchRunner:
         return once
 
     def close(self) -> None:
-        """Put PyTorch's switches back."""
+        """Put PyTorch's switches and the module back."""
         restore, self._restore = self._restore, None
         if restore is not None:
             restore()
+            if self._device != "cpu":
+                self._module.to("cpu")
 
     def __enter__(self) -> TorchRunner:
         return self
@@ -202,7 +197,13 @@ class TorchRunner:
             with torch.inference_mode():
                 result = call_module(self._module, tensors)
         except Exception as err:
-            raise failure_of(err, where="the reference model", error=RunError, doing="its forward") from err
+            failure = failure_of(err, where="the reference model", error=RunError, doing="its forward")
+            if "CUBLAS_WORKSPACE_CONFIG" in str(err):
+                failure.hint = (
+                    "PyTorch computed on the GPU before the gate could ask for reproducible products: "
+                    f"export CUBLAS_WORKSPACE_CONFIG={arithmetic.CUBLAS_WORKSPACE}"
+                )
+            raise failure from err
         return named_outputs(result, self._spec.model.output_names)
 
     def _array(self, tensor: Any) -> Array:
@@ -213,6 +214,32 @@ class TorchRunner:
             import torch
 
             torch.cuda.synchronize()
+
+
+def moved(module: Any, device: str) -> Any:
+    """The module, itself, on a device.
+
+    Raises:
+        RunError: It cannot be moved there, such as for want of memory.
+    """
+    try:
+        return module.to(device)
+    except Exception as err:
+        raise RunError(f"the model cannot be moved to {device}: {type(err).__name__}: {err}") from err
+
+
+def metas_of(outputs: NamedArrays, feed_dict: NamedArrays, *, spec: GateSpec) -> dict[str, TensorMeta]:
+    """What outputs are, from one run: a first axis as long as the batch is the batch, all others are not known."""
+    axis = next(iter(spec.inputs.values())).shape[0]
+    size = next(iter(feed_dict.values())).shape[0]
+    return {
+        name: TensorMeta(
+            name,
+            array.dtype.name,
+            (axis if array.shape[0] == size else None, *(None for _ in array.shape[1:])) if array.ndim else (),
+        )
+        for name, array in outputs.items()
+    }
 
 
 def tensor_from(array: Array) -> Any:
@@ -230,26 +257,3 @@ def array_from(tensor: Any) -> Array:
     if plain.dtype == torch.bfloat16:
         plain = plain.to(torch.float32)
     return np.array(plain.numpy(), order="C", copy=True)
-
-
-def _strict_arithmetic() -> Callable[[], None]:
-    """Switch TF32 off and deterministic algorithms on; returns what puts the switches back."""
-    import torch
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    allow_tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32 = False
-    cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
-
-    def restore() -> None:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32 = allow_tf32
-        cudnn.benchmark = benchmark
-
-    return restore

@@ -1,5 +1,6 @@
 """TensorRT-RTX compiles here for real; running a plan needs a GPU."""
 
+import functools
 import json
 
 import msgspec
@@ -10,11 +11,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gate.device import Gpu, gpu
 from gate.engines import backend
+from gate.engines.tensorrt import api, loaded
+from gate.engines.tensorrt import backend as backend_module
 from gate.engines.tensorrt.backend import TensorRTBackend
 from gate.engines.tensorrt.layers import layers_of_inspector
-from gate.errors import BackendUnavailable, BuildError
+from gate.engines.tensorrt.runner import TensorRTRunner
+from gate.errors import BackendUnavailable, IncompatibleEngine, RunError
 from gate.spec import GateSpec
 from gate.verdict import Evidence
+from tests.engines.tensorrt.simulator import Device, SimulatedMemory, SimulatedTrt, simulated_plan
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(3, 2)
 
@@ -45,91 +50,6 @@ def write_graph(path, nodes=None, *, external=False, name="x", outputs=("y",), m
     return path
 
 
-def build(tmp_path, path, spec=None):
-    spec = spec or make_spec()
-    return backend("tensorrt_rtx").build(onnx=path, out=tmp_path / "model.plan", spec=spec, engine=spec.engines[0])
-
-
-def test_graph_is_compiled_and_its_layers_listed(tmp_path):
-    record = build(tmp_path, write_graph(tmp_path / "a.onnx"), make_spec(options={"workspace_mib": 64}))
-    assert (tmp_path / "model.plan").stat().st_size > 1000
-    assert [layer.precision for layer in record.layers if layer.type == "MATRIX_MULTIPLY"] == ["fp32"]
-    assert record.options["tf32"] is False
-    assert record.options["strongly_typed"] is True
-    assert record.backend_version == backend("tensorrt_rtx").version()
-    assert record.command == (
-        "tensorrt_rtx --onnx=a.onnx --saveEngine=model.plan --minShapes=x:1x3 --optShapes=x:2x3 --maxShapes=x:4x3 "
-        "--memPoolSize=workspace:64"
-    )
-
-
-def test_tf32_is_on_only_where_asked(tmp_path):
-    record = build(tmp_path, write_graph(tmp_path / "a.onnx"), make_spec(precision="tf32"))
-    assert record.options["tf32"] is True
-    assert [layer.precision for layer in record.layers if layer.type == "MATRIX_MULTIPLY"] == ["tf32"]
-
-
-def test_external_data_is_read(tmp_path):
-    build(tmp_path, write_graph(tmp_path / "a.onnx", external=True))
-    assert (tmp_path / "model.plan").exists()
-
-
-def test_several_outputs_are_compiled(tmp_path):
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["y"], name="product"),
-        helper.make_node("Relu", ["y"], ["z"], name="relu"),
-    ]
-    record = build(tmp_path, write_graph(tmp_path / "a.onnx", nodes, outputs=("y", "z")))
-    assert {layer.type for layer in record.layers} >= {"MATRIX_MULTIPLY", "ACTIVATION"}
-
-
-def test_operator_that_the_parser_does_not_know_is_named(tmp_path):
-    path = write_graph(tmp_path / "a.onnx", [helper.make_node("Nonsense", ["x"], ["y"], name="odd")])
-    with pytest.raises(BuildError, match="cannot parse the graph") as caught:
-        build(tmp_path, path)
-    assert "odd" in (caught.value.node or "")
-    assert "Nonsense" in str(caught.value)
-    assert caught.value.log
-    assert not (tmp_path / "model.plan").exists()
-
-
-def test_int32_bias_that_tensorrt_refuses_is_a_build_error(tmp_path):
-    nodes = [
-        helper.make_node("DequantizeLinear", ["b", "s"], ["bias"], name="bias"),
-        helper.make_node("Gemm", ["x", "w", "bias"], ["y"], name="product"),
-    ]
-    more = [
-        numpy_helper.from_array(np.array([1, 2], np.int32), "b"),
-        numpy_helper.from_array(np.array(0.5, np.float32), "s"),
-    ]
-    with pytest.raises(BuildError, match="bias"):
-        build(tmp_path, write_graph(tmp_path / "a.onnx", nodes, more=more))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"", "no input 'x'"), (b"\xff no graph", "tensorrt_rtx cannot parse")]
-)
-def test_file_that_is_no_onnx_is_a_build_error(tmp_path, content, message):
-    (tmp_path / "a.onnx").write_bytes(content)
-    with pytest.raises(BuildError, match=message):
-        build(tmp_path, tmp_path / "a.onnx")
-
-
-def test_missing_file_is_a_build_error(tmp_path):
-    with pytest.raises(BuildError, match="no such file"):
-        build(tmp_path, tmp_path / "a.onnx")
-
-
-def test_input_of_another_name_is_a_build_error(tmp_path):
-    with pytest.raises(BuildError, match="no input 'x'.*an input 'image'"):
-        build(tmp_path, write_graph(tmp_path / "a.onnx", name="image"))
-
-
-def test_nothing_is_printed(tmp_path, capfd):
-    build(tmp_path, write_graph(tmp_path / "a.onnx"))
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.skipif(gpu() is not None, reason="there is a GPU here")
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])
 def test_without_a_gpu_a_plan_is_refused_before_it_is_read(tmp_path, name):
@@ -151,14 +71,6 @@ def test_without_a_gpu_a_plan_is_refused_before_it_is_read(tmp_path, name):
 def test_gpu_that_the_runtime_does_not_run_on_is_refused(name, capability, refusal):
     found = TensorRTBackend(name)._refusal(Gpu(name="GPU", compute_capability=capability, driver="1"))
     assert found is None if refusal is None else refusal in (found or "")
-
-
-def test_command_of_a_weakly_typed_build_has_its_flags(tmp_path):
-    spec = make_spec("tensorrt", "int8", task={}, options={"builder_optimization_level": 2})
-    command = TensorRTBackend("tensorrt")._command(
-        tmp_path / "a.onnx", tmp_path / "b.plan", spec=spec, engine=spec.engines[0], typed=False
-    )
-    assert command.endswith("--maxShapes=x:4x3 --int8 --fp16 --noTF32 --builderOptimizationLevel=2")
 
 
 def test_inspector_is_read_with_its_control_characters():
@@ -214,3 +126,72 @@ def test_inspector_with_dynamic_shapes_is_read_by_weights_and_tactics():
     expected = ["fp32", "tf32", "fp16", "int8", "fp16", "unknown"]
     assert [layer.precision for layer in layers_of_inspector(text, tf32=True)] == expected
     assert [layer.precision for layer in layers_of_inspector(text, tf32=False)] == expected
+
+
+L4 = Gpu(name="NVIDIA L4", compute_capability="8.9", driver="580.1")
+
+
+@pytest.fixture
+def on_an_l4(monkeypatch):
+    """A GPU is found, and the runtime must not be imported: what is refused is refused before."""
+
+    def imported(name):
+        raise AssertionError(f"{name} was imported")
+
+    monkeypatch.setattr(backend_module, "gpu", lambda: L4)
+    monkeypatch.setattr(loaded, "gpu", lambda: L4)
+    monkeypatch.setattr(api, "module", imported)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the plan is empty"),
+        (b"not a plan", "it is no TensorRT plan"),
+        (simulated_plan(tag=b"vtrt", version=(1, 7, 1, 116))[:-1], "the plan is truncated"),
+        (
+            simulated_plan(tag=b"vtrt", version=(1, 6, 0, 1)),
+            "was built by TensorRT-RTX 1.6.0.1; here are TensorRT-RTX 1.7",
+        ),
+        (simulated_plan(version=(8, 6, 0, 12)), "it is a plan of TensorRT 8.6.0.12"),
+    ],
+)
+def test_plan_that_is_not_for_here_is_refused_before_the_runtime_is_imported(tmp_path, on_an_l4, content, message):
+    plan, spec = tmp_path / "model.plan", make_spec("tensorrt_rtx")
+    plan.write_bytes(content)
+    with pytest.raises(IncompatibleEngine, match=message):
+        backend("tensorrt_rtx").open(plan, spec=spec, engine=spec.engines[0])
+
+
+def test_plan_that_is_missing_is_a_run_error(tmp_path, on_an_l4):
+    spec = make_spec("tensorrt_rtx")
+    with pytest.raises(RunError, match="the plan cannot be read: No such file"):
+        backend("tensorrt_rtx").open(tmp_path / "model.plan", spec=spec, engine=spec.engines[0])
+
+
+@pytest.mark.parametrize("asked", [True, None])
+def test_options_reach_the_runner(tmp_path, monkeypatch, asked):
+    device = Device()
+    trt = SimulatedTrt(device, "10.13.0.35")
+    monkeypatch.setattr(backend_module, "gpu", lambda: L4)
+    monkeypatch.setattr(loaded, "gpu", lambda: L4)
+    monkeypatch.setattr(api, "module", lambda name: trt)
+    monkeypatch.setattr(api, "version", lambda name: trt.__version__)
+    monkeypatch.setattr(
+        backend_module, "TensorRTRunner", functools.partial(TensorRTRunner, memory_of=lambda: SimulatedMemory(device))
+    )
+    options = {"version_compatible": asked, "cuda_graph": asked} if asked else {}
+    spec, plan = make_spec("tensorrt", options=options), tmp_path / "model.plan"
+    plan.write_bytes(simulated_plan(version=(10, 12, 0, 36) if asked else (10, 13, 0, 35)))
+    with backend("tensorrt").open(plan, spec=spec, engine=spec.engines[0]) as runner:
+        x = np.ones((2, 3), np.float32)
+        np.testing.assert_array_equal(runner.run({"x": x})["y"], x @ WEIGHT)
+        assert device.launches == (1 if asked else 0)
+        assert trt.runtimes[0].engine_host_code_allowed is (asked is True)
+    assert device.is_clean
+
+
+def test_plugin_library_that_is_missing_is_a_run_error(tmp_path, monkeypatch):
+    plugin = str(tmp_path / "none.so")
+    with pytest.raises(RunError, match="plugin library cannot be read"):
+        loaded.LoadedPlan(SimulatedTrt(Device()), simulated_plan(), where="p", plugins=(plugin,))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gate.engines.torch.runner import TorchRunner, named_outputs, require_module
-from gate.errors import ExportError, RunError
+from gate.errors import BackendUnavailable, ExportError, RunError
 from gate.spec import GateSpec
 
 ONE, TWO = torch.zeros(2, 3), torch.ones(2)
@@ -176,3 +176,19 @@ def test_bfloat16_output_becomes_the_equal_float32():
         found = runner.run(feed)["output"]
     assert found.dtype == np.float32
     assert found.tolist() == [[1.5] * 3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_reference_on_it_is_unavailable():
+    with pytest.raises(BackendUnavailable, match="finds no GPU here"):
+        TorchRunner(Subtract().eval(), spec=make_spec(), device="cuda")
+
+
+@pytest.mark.gpu
+def test_a_model_that_ran_on_the_gpu_is_on_the_cpu_afterwards():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+    spec = msgspec.structs.replace(make_spec(), inputs={"x": make_spec().inputs["x"]})
+    with TorchRunner(module, spec=spec, device="cuda") as runner:
+        assert runner.run({"x": np.ones((2, 3), np.float32)})["output"].shape == (2, 2)
+        assert module[0].weight.device.type == "cuda"
+    assert module[0].weight.device.type == "cpu"

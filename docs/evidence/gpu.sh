@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# What a GPU shows: real engines built, judged, sealed, loaded again, timed, and broken on purpose.
+#
+#   docs/evidence/gpu.sh OUT [STAGE ...]
+#
+# Stages, in their order; left out: all of them.
+#   doctor    what is installed and usable
+#   tests     pytest -m gpu, with either Python
+#   record    references and graphs, by the Python with PyTorch
+#   torch     examples/resnet50 by PyTorch and ONNX Runtime on the GPU
+#   digits    examples/digits as TensorRT engines: checked, sealed, verified, and again in a new process
+#   resnet    examples/resnet50 as TensorRT engines, its baselines accepted, and again against them
+#   faults    INT8 calibrated on the wrong scale; plans of another version, truncated, with a flipped byte
+#   measure   GPU compute time at batch 1, 8, 32, beside a bare CUDA-event loop; what comparing costs
+#   write     OUT/evidence.md from all of it
+#
+# TORCH_PYTHON has PyTorch for CUDA (and onnxruntime-gpu, for its engines); TRT_PYTHON has TensorRT 8.6 or 10. They may
+# be one and the same. DIGITS_RECORDING is a folder made by `gate record` for the digits example on a machine that has
+# Model Optimizer; left out: recorded here.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+out=$(realpath -m "${1:?usage: gpu.sh OUT [STAGE ...]}")
+shift
+[ $# -gt 0 ] || set -- doctor tests record torch digits resnet faults measure write
+torch_python=${TORCH_PYTHON:-python3}
+trt_python=${TRT_PYTHON:-$torch_python}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+# TRT_ENV is sourced for TensorRT's Python alone: its libraries may be others than PyTorch's.
+with_torch() { "$torch_python" "$@"; }
+with_trt() { (
+  [ -z "${TRT_ENV:-}" ] || source "$TRT_ENV"
+  exec "$trt_python" "$@"
+); }
+# check NAME PYTHON SPEC [OPTION ...]: the screen to NAME.txt, the report to NAME/.
+check() {
+  local name=$1 python=$2 spec=$3
+  shift 3
+  "$python" -m gate check "$spec" --cache "$out/cache" --baselines "$out/baselines" --report "$out/$name" --verbose \
+    "$@" >"$out/$name.txt" 2>"$out/$name.err"
+  echo "exit $?" >>"$out/$name.txt"
+  echo "--- $name"
+  head -12 "$out/$name.txt"
+  tail -1 "$out/$name.txt"
+  tail -3 "$out/$name.err"
+}
+
+digits_recording() {
+  if [ -n "${DIGITS_RECORDING:-}" ]; then echo "$DIGITS_RECORDING/$1"; else echo "$out/recordings/$1"; fi
+}
+
+doctor() {
+  with_torch -m gate doctor | tee "$out/doctor-torch.txt"
+  with_trt -m gate doctor | tee "$out/doctor-tensorrt.txt"
+}
+
+tests() {
+  with_torch -m pytest -m gpu -q -p no:cacheprovider tests/engines/onnxruntime tests/engines/torch 2>&1 |
+    tee "$out/tests-torch.txt" | tail -15
+  with_trt -m pytest -m gpu -q -p no:cacheprovider tests/engines/tensorrt 2>&1 |
+    tee "$out/tests-tensorrt.txt" | tail -25
+}
+
+record() {
+  if [ -z "${DIGITS_RECORDING:-}" ]; then
+    for name in tensorrt weak; do
+      with_torch -m gate record "examples/digits/$name.gate.toml" --cache "$out/cache" -o "$out/recordings/$name"
+    done
+  fi
+  with_torch -m gate record examples/resnet50/tensorrt.gate.toml --cache "$out/cache" -o "$out/recordings/resnet50"
+}
+
+torch() {
+  check torch with_torch examples/resnet50/pytorch.gate.toml --seal "$out/dist"
+}
+
+digits() {
+  for name in tensorrt weak; do
+    check "digits-$name" with_trt "examples/digits/$name.gate.toml" --seal "$out/dist" \
+      --reference "$(digits_recording $name)"
+    check "digits-$name-again" with_trt "examples/digits/$name.gate.toml" --reference "$(digits_recording $name)"
+  done
+  for bundle in "$out"/dist/digits-cnn/*; do
+    with_trt -m gate verify "$bundle" --require-evidence device
+  done >"$out/digits-verify.txt" 2>&1
+  grep -E "^(VERIFIED|REFUSED)" "$out/digits-verify.txt"
+}
+
+resnet() {
+  local spec=examples/resnet50/tensorrt.gate.toml
+  cp -r baselines "$out/" 2>/dev/null
+  rm -rf "$out/baselines/resnet50-seeded"
+  check resnet-first with_trt "$spec" --reference "$out/recordings/resnet50"
+  with_trt -m gate baseline accept "$out/resnet-first" --baselines "$out/baselines" \
+    --by "trt-gate maintainers" --reason "first measurement on this GPU"
+  check resnet with_trt "$spec" --reference "$out/recordings/resnet50" --seal "$out/dist"
+  for bundle in "$out"/dist/resnet50-seeded/trt-*; do
+    with_trt -m gate verify "$bundle" --require-evidence device | tail -1
+  done | tee "$out/resnet-verify.txt"
+  sed 's/^optional .*/&\nrebuilds  = 3/' examples/resnet50/tensorrt.gate.toml >examples/resnet50/rebuilt.toml
+  check resnet-rebuilt with_trt examples/resnet50/rebuilt.toml --reference "$out/recordings/resnet50" --engine trt-fp16
+  rm examples/resnet50/rebuilt.toml
+}
+
+faults() {
+  local spec=examples/resnet50/wrong-scale.toml
+  sed 's/data:calibration"/data:calibration_of_the_wrong_scale"/' examples/resnet50/tensorrt.gate.toml >"$spec"
+  check wrong-scale with_trt "$spec" --reference "$out/recordings/resnet50" --engine trt-int8
+  rm "$spec"
+  with_trt docs/evidence/broken_plans.py "$out" 2>&1 | tee "$out/broken-plans.txt"
+}
+
+measure() {
+  with_trt docs/evidence/measure.py examples/resnet50/tensorrt.gate.toml "$out" \
+    --reference "$out/recordings/resnet50" 2>"$out/measure-tensorrt.err"
+  tail -3 "$out/measure-tensorrt.err"
+  with_torch docs/evidence/measure.py examples/resnet50/pytorch.gate.toml "$out" 2>"$out/measure-torch.err"
+  tail -3 "$out/measure-torch.err"
+}
+
+write() { with_trt docs/evidence/write.py "$out"; }
+
+for stage in "$@"; do
+  echo "=== $stage"
+  began=$SECONDS
+  "$stage"
+  echo "=== $stage took $((SECONDS - began)) s"
+done

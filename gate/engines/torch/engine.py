@@ -1,0 +1,200 @@
+"""The runner of a PyTorch engine: eager, compiled or packaged, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from gate.chatter import quiet
+from gate.engines.feed import metas_from_spec, require_feed
+from gate.engines.torch import arithmetic
+from gate.engines.torch.module import Mode, least_feed
+from gate.engines.torch.runner import array_from, metas_of, named_outputs, tensor_from
+from gate.errors import RunError
+from gate.factory import failure_of
+from gate.spec import GateSpec
+from gate.tensors import Array, NamedArrays, TensorMeta
+
+_NS_PER_MS = 1_000_000
+
+
+class TorchEngineRunner:
+    """An engine in PyTorch on the CPU.
+
+    Outputs in a narrower floating dtype than the FP32 model's are brought back to that one after the engine.
+    PyTorch's process-wide switches are as an engine is deployed while it is open, and put back when it is closed.
+
+    Args:
+        function: Takes tensors in the spec's order.
+        spec: The inputs and their ranges, and the names of the outputs.
+        mode: Eager runs in inference mode, the others without gradients.
+        dtypes: Dtypes of the FP32 model's outputs by name, in torch's words; an output not in it stays as it is.
+        tf32: Let FP32 be computed in TF32.
+        where: What to name in errors.
+        on_close: Called once.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        spec: GateSpec,
+        mode: Mode,
+        dtypes: Mapping[str, str],
+        tf32: bool,
+        where: str,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        import torch
+
+        self._function: Callable[..., Any] | None = function
+        self._guard = torch.inference_mode if mode == "eager" else torch.no_grad
+        self._spec = spec
+        self._mode = mode
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
+        self._where = where
+        self._inputs = metas_from_spec(spec)
+        self._outputs: dict[str, TensorMeta] | None = None
+        self._on_close = on_close
+        self._restore = arithmetic.deployed(tf32=tf32)
+
+    @property
+    def inputs(self) -> Mapping[str, TensorMeta]:
+        """What it takes: the spec's inputs."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorMeta]:
+        """What it gives; known from the last run, or from one on ones of the smallest shape."""
+        if self._outputs is None:
+            self.run(least_feed(self._spec, ()))
+        return self._outputs or {}
+
+    def run(self, feed_dict: NamedArrays) -> dict[str, Array]:
+        """One inference.
+
+        Raises:
+            RunError: An input does not fit, the engine failed, or the runner is closed.
+        """
+        function = self._open_function()
+        tensors = self._on_device(self._host_tensors(feed_dict))
+        result = self._called(function, tensors)
+        outputs = {name: array_from(tensor) for name, tensor in self._widened(result).items()}
+        self._outputs = metas_of(outputs, feed_dict, spec=self._spec)
+        return outputs
+
+    def timed(self, feed_dict: NamedArrays) -> Callable[[], None]:
+        """One inference from inputs in host memory to outputs in host memory.
+
+        Raises:
+            RunError: As `run`.
+        """
+        function = self._open_function()
+        host = self._host_tensors(feed_dict)
+
+        def once() -> None:
+            result = self._called(function, self._on_device(host))
+            for tensor in self._widened(result).values():
+                tensor.to("cpu")
+
+        once()
+        return once
+
+    def warm_up(self, feed_dict: NamedArrays, *, dynamic: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """One inference whose result is dropped: torch.compile compiles in it.
+
+        Args:
+            feed_dict: As for `run`.
+            dynamic: Per input the axes that must not be taken for constants.
+
+        Raises:
+            RunError: As `run`; or one of these axes was taken for a constant.
+        """
+        from torch import _dynamo as dynamo
+
+        function = self._open_function()
+        tensors = self._on_device(self._host_tensors(feed_dict))
+        for name, tensor in zip(self._inputs, tensors, strict=True):
+            for axis in (dynamic or {}).get(name, ()):
+                dynamo.mark_dynamic(tensor, axis)
+        with quiet():
+            self._called(function, tensors)
+
+    def close(self) -> None:
+        """Free the model and put PyTorch's switches back."""
+        if self._function is not None:
+            self._function = None
+            self._restore()
+            self._on_close()
+
+    def __enter__(self) -> TorchEngineRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_function(self) -> Callable[..., Any]:
+        if self._function is None:
+            raise RunError("the runner is closed", where=self._where)
+        return self._function
+
+    def _host_tensors(self, feed_dict: NamedArrays) -> tuple[Any, ...]:
+        feed = require_feed(feed_dict, self._inputs, spec=self._spec)
+        return tuple(tensor_from(feed[name]) for name in self._inputs)
+
+    def _on_device(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tensors
+
+    def _called(self, function: Callable[..., Any], tensors: tuple[Any, ...]) -> Any:
+        try:
+            with self._guard():
+                return function(*tensors)
+        except Exception as err:
+            raise failure_of(err, where=self._where, error=RunError, doing=f"PyTorch ({self._mode})") from err
+
+    def _widened(self, result: Any) -> dict[str, Any]:
+        """Outputs by name, in the FP32 model's dtypes."""
+        found = named_outputs(result, self._spec.model.output_names)
+        return {
+            name: value.to(self._dtypes[name]) if name in self._dtypes and value.is_floating_point() else value
+            for name, value in found.items()
+        }
+
+
+class CudaTorchEngineRunner(TorchEngineRunner):
+    """An engine in PyTorch on the current GPU, which can time the engine alone."""
+
+    def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
+        """One inference on inputs that lie on the device: nanoseconds between two CUDA events around the engine.
+
+        Raises:
+            RunError: As `run`.
+        """
+        import torch
+
+        function = self._open_function()
+        tensors = self._on_device(self._host_tensors(feed_dict))
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+        def once() -> int:
+            start.record()
+            self._called(function, tensors)
+            end.record()
+            end.synchronize()
+            elapsed_ms: float = start.elapsed_time(end)
+            return round(elapsed_ms * _NS_PER_MS)
+
+        once()
+        return once
+
+    def __enter__(self) -> CudaTorchEngineRunner:
+        return self
+
+    def _host_tensors(self, feed_dict: NamedArrays) -> tuple[Any, ...]:
+        return tuple(tensor.pin_memory() for tensor in super()._host_tensors(feed_dict))
+
+    def _on_device(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(tensor.to("cuda", non_blocking=True) for tensor in tensors)
