@@ -36,16 +36,20 @@ from gate.compare import (
 from gate.errors import MeasurementError
 from gate.tensors import Array
 
-LEAST_ELEMENTS = 1 << 18
-"""Elements of a batch from which comparing on the device pays. Below, launching its some hundred kernels, about 1 ms
-whatever the size, costs more than NumPy does with a copy to the host: 1.1 ms for 2**18 elements.
-Source: benchmarks/compare_on_device.py, on two cores of an x86-64 CPU."""
+LEAST_ELEMENTS = 1 << 19
+"""Elements of a batch from which comparing on the device pays. Its 165 operations take PyTorch 0.75 ms on a CPU where
+there is next to nothing to compute, and more where each is launched on a GPU; NumPy takes 0.8 ms for 2**18 elements and
+1.6 to 4 ms for 2**19, by the length of the samples, and a copy to the host comes before that.
+Source: benchmarks/compare_on_device.py, on one core of an x86-64 CPU with PyTorch 2.13; not measured on a GPU."""
 
 LEAST_ELEMENTS_A_SAMPLE = 64
 """A sample's sums are up to 11 numbers of 8 bytes; of smaller samples nearly as much would come back as they hold."""
 
-_BLOCK = 1 << 20  # elements at a time, of about 150 bytes each in temporary tensors
-_CHOSEN = 5  # of the sums, those that every floating output has: |d|, d², r², c², r·d
+_BLOCK = 1 << 20  # elements at a time, of at most 200 bytes each in temporary tensors
+_LEGACY_STREAM = 1
+"""Handle of the default stream. Source: `cudaStreamLegacy` of the CUDA runtime API."""
+_PER_THREAD_STREAM = 2
+"""Handle of a thread's default stream. Source: `cudaStreamPerThread` of the CUDA runtime API."""
 
 _Floats = npt.NDArray[np.float64]
 _Tensor = Any  # torch.Tensor; torch is not imported here
@@ -150,7 +154,7 @@ class DeviceAccumulator(OutputAccumulator):
             MeasurementError: As `OutputAccumulator.add`, or the device failed, or `candidate` is no tensor.
         """
         if isinstance(candidate, (np.ndarray, np.generic)):
-            super().add(reference, candidate, first_sample=first_sample)
+            super().add(reference, np.asarray(candidate), first_sample=first_sample)
             return
         reference = np.asarray(reference)
         output = _output_of(self.name, candidate)
@@ -243,16 +247,20 @@ class _Interface:
 def _interface_of(candidate: object) -> _Interface | None:
     """The CUDA array interface of an object; None where it has none.
 
-    Source: CUDA Array Interface, version 3: without `stream` there is nothing to wait for that it could name.
+    Source: CUDA Array Interface, version 3: without `stream` (version 2) the producer's work is in the default stream;
+    `stream` None is done.
 
     Raises:
         MeasurementError: It is malformed, or has a mask.
     """
-    raw = getattr(candidate, "__cuda_array_interface__", None)
+    try:
+        raw = getattr(candidate, "__cuda_array_interface__", None)
+    except (RuntimeError, TypeError, ValueError) as err:
+        raise MeasurementError(f"an output cannot be read on its device: {_first_line(err)}") from err
     if raw is None:
         return None
     try:
-        mask, strides, stream = raw.get("mask"), raw.get("strides"), raw.get("stream")
+        mask, strides, stream = raw.get("mask"), raw.get("strides"), raw.get("stream", _LEGACY_STREAM)
         interface = _Interface(
             shape=tuple(int(size) for size in raw["shape"]),
             typestr=str(raw["typestr"]),
@@ -327,10 +335,10 @@ def _viewed(candidate: object, interface: _Interface, dtype: np.dtype[Any], *, b
     typestr = f"<i{2 if brain else dtype.itemsize}" if signed else interface.typestr
     tensor = torch.as_tensor(_Window(candidate, interface, typestr), device="cuda")
     if interface.stream is not None:
-        if interface.stream > 2:
-            torch.cuda.current_stream(tensor.device).wait_stream(torch.cuda.ExternalStream(interface.stream))
+        if interface.stream in (_LEGACY_STREAM, _PER_THREAD_STREAM):
+            torch.cuda.synchronize(tensor.device)
         else:
-            torch.cuda.synchronize(tensor.device)  # the default stream, of the device or of this thread
+            torch.cuda.current_stream(tensor.device).wait_stream(torch.cuda.ExternalStream(interface.stream))
     if signed:
         tensor = tensor.view(torch.bfloat16 if brain else getattr(torch, dtype.name))
     return tensor
@@ -487,7 +495,7 @@ class _Batch:
         r, c = r.masked_fill(neither, 0.0), c.masked_fill(neither, 0.0)
         d = c - r
         pairs = [(d, d), (r, r), (c, c), (r, d)]
-        rounded = None
+        rounded = None  # the centred reference as float32, which the decision rests on
         if center is not None:
             t, u = r - center, c - center
             pairs += [(t, t), (u, u), (t, d)]
@@ -567,8 +575,7 @@ class _Batch:
         size = self.reference.shape[1]
         for start in range(0, size, _BLOCK):
             part = slice(start, start + _BLOCK)
-            r = self.reference[:, part].index_select(0, row)[0]
-            c = self.candidate[:, part].index_select(0, row)[0]
+            r, c = _row_of(self.reference[:, part], row), _row_of(self.candidate[:, part], row)
             if bad is None:
                 error = _integer_distance(r, c)
             else:
@@ -596,7 +603,7 @@ class _Batch:
             same = (best[:, 0] == c.argmax(dim=1)) & finite[part]
             own = c.gather(1, best)
             before = ((c > own) | ((c == own) & (index < best))).sum(dim=1)
-            margin = top[:, 0] - r.scatter(1, best, -math.inf).amax(dim=1)
+            margin = top[:, 0] - r.masked_fill(index == best, -math.inf).amax(dim=1)
             near = finite[part] & ~same & (margin < 2.0 * largest[part])
             self._note("top1", same.sum())
             self._note("top5", (finite[part] & (before < 5)).sum())
@@ -665,35 +672,50 @@ def _folded(values: _Tensor) -> _Tensor:
     width = values.shape[-1]
     while width > 1:
         half = (width + 1) // 2
-        values[..., : width - half] += values[..., half:width]
+        values[..., : width - half].add_(values[..., half:width])
         width = half
-    return values[..., 0]
+    return values[..., 0].clone()  # what it was made in is freed
 
 
-def _signed(values: _Tensor) -> _Tensor:
-    """Integers or booleans as int64 in the same order; uint64 with its highest bit turned round."""
+def _signed_bits(values: _Tensor) -> _Tensor:
+    """The same memory; unsigned integers of two bytes and more as signed ones.
+
+    Source: torch.Tensor, "Data types": uint16, uint32 and uint64 have limited support in eager mode.
+    """
     import torch
 
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(values.dtype)
+    return values if signed is None else values.view(signed)
+
+
+def _row_of(values: _Tensor, row: _Tensor) -> _Tensor:
+    """One row, int64 [1] on the device, of [N, elements]."""
+    return _signed_bits(values).index_select(0, row)[0].view(values.dtype)
+
+
+def _ordered(values: _Tensor) -> _Tensor:
+    """Integers or booleans as int64 in the same order and as far apart; uint64 with its highest bit turned round."""
+    import torch
+
+    bits = _signed_bits(values)
     if values.dtype == torch.uint64:
-        return values.view(torch.int64) ^ -(2**63)
-    for unsigned, signed in ((torch.uint16, torch.int16), (torch.uint32, torch.int32)):
-        if values.dtype == unsigned:
-            return values.view(signed).to(torch.int64) & (2 ** (8 * values.itemsize) - 1)
-    return values.to(torch.int64)
+        return bits ^ -(2**63)
+    wide = bits.to(torch.int64)
+    return wide if bits is values else wide & (2 ** (8 * values.itemsize) - 1)
 
 
 def _whole(values: _Tensor) -> _Tensor:
     """Integers or booleans as float64, rounded once."""
     import torch
 
-    return _unsigned_float(values.view(torch.int64)) if values.dtype == torch.uint64 else _signed(values).double()
+    return _unsigned_float(_signed_bits(values)) if values.dtype == torch.uint64 else _ordered(values).double()
 
 
 def _integer_distance(a: _Tensor, b: _Tensor) -> _Tensor:
     """|a - b| of integers or booleans of one dtype, without overflow, as float64."""
     import torch
 
-    a, b = _signed(a), _signed(b)
+    a, b = _ordered(a), _ordered(b)
     return _unsigned_float(torch.maximum(a, b) - torch.minimum(a, b))
 
 
