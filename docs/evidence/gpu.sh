@@ -56,9 +56,10 @@ doctor() {
 }
 
 tests() {
-  with_torch -m pytest -m gpu -q -p no:cacheprovider tests/engines/onnxruntime tests/engines/torch 2>&1 |
+  with_torch -m pytest -m gpu -q -p no:cacheprovider tests/engines/test_onnxruntime_gpu.py tests/engines/torch \
+    tests/test_compare_on_device.py 2>&1 |
     tee "$out/tests-torch.txt" | tail -15
-  with_trt -m pytest -m gpu -q -p no:cacheprovider tests/engines/tensorrt 2>&1 |
+  with_trt -m pytest -m gpu -q -p no:cacheprovider tests/engines/tensorrt tests/cli/test_inspect.py 2>&1 |
     tee "$out/tests-tensorrt.txt" | tail -25
 }
 

@@ -16,7 +16,7 @@ WIDTHS = (64, 128, 256, 512)
 EXPANSION = 4
 CLASSES = 1000
 SEED = 50
-OFFSET = 40.0
+OFFSET = 56.0
 SCALE = 0.1375  # brings what tells images apart to a standard deviation of 1
 BIAS = Path(__file__).with_name("bias.safetensors")
 

@@ -221,21 +221,35 @@ class DigestedSource:
     def batches(self, size: int) -> Iterator[Batch]:
         """As `SampleSource.batches`.
 
+        The first batch is held against its digest before it is given. Each later one is digested while the caller works
+        with it, and held before the next is given or the end is told; so whoever goes to the end has seen all of them held.
+
         Raises:
             DataError: A sample or its label is not the one that was digested.
         """
-        for each in self.source.batches(size):
-            part = slice(each.first, each.first + each.size)
-            labels = b"" if each.labels is None else each.labels.astype("<i8").tobytes()
-            if tuple(_row_digests(each)) != self.digest.samples[part] or (
-                labels != self.digest.labels[8 * part.start : 8 * part.stop]
-            ):
-                raise DataError(
-                    f"gives other samples or labels from {each.first} on than it gave before",
-                    where=self.where,
-                    hint="Every run through the data must give the same: fix its seed, its order and its augmentation.",
-                )
+        pending: tuple[Batch, Iterator[bytes]] | None = None
+        for index, each in enumerate(self.source.batches(size)):
+            if pending is not None:
+                self._hold(*pending)
+            pending = each, _row_digests(each)
+            if index == 0:
+                self._hold(*pending)
+                pending = None
             yield each
+        if pending is not None:
+            self._hold(*pending)
+
+    def _hold(self, batch: Batch, digests: Iterator[bytes]) -> None:
+        part = slice(batch.first, batch.first + batch.size)
+        labels = b"" if batch.labels is None else batch.labels.astype("<i8").tobytes()
+        if tuple(digests) != self.digest.samples[part] or (
+            labels != self.digest.labels[8 * part.start : 8 * part.stop]
+        ):
+            raise DataError(
+                f"gives other samples or labels from {batch.first} on than it gave before",
+                where=self.where,
+                hint="Every run through the data must give the same: fix its seed, its order and its augmentation.",
+            )
 
 
 def open_source(file: SpecFile, source: str, *, needed: int, key: str) -> SampleSource:

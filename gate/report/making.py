@@ -16,7 +16,9 @@ def making_lines(result: EngineResult) -> Iterator[str]:
     """Which tool lowered the graph, what it was calibrated on, how it was built, and what its layers compute in."""
     if (lowering := result.lowering) is not None and lowering.tool:
         by = f"{lowering.tool} {lowering.tool_version}".strip()
-        yield f"lowered by {by}: {_counted(lowering.layers)}{_others(lowering.layers, result.precision)}"
+        # TF32 is a setting of the compiler: its graph is an FP32 one.
+        asked = "fp32" if result.precision == "tf32" else result.precision
+        yield f"lowered by {by}: {_counted(lowering.layers)}{_others(lowering.layers, asked)}"
         if lowering.calibration is not None:
             yield _calibrated(lowering.calibration)
     build = result.build

@@ -10,21 +10,39 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from gate import atomic
 from gate.engines.feed import profile_of
 from gate.engines.graph import layers_of
-from gate.engines.interface import BuildRecord, Origin, Resources
+from gate.engines.interface import BuildRecord, Layer, Origin, Resources
 from gate.engines.onnxruntime.placement import CPU_NODES_AT_MOST
 from gate.engines.onnxruntime.providers import CPU, NAMES, TF32_OVERRIDE, require_options
 from gate.engines.onnxruntime.runner import OnnxRuntimeRunner, read_model
 from gate.engines.onnxruntime.session import open_session
 from gate.errors import BackendUnavailable, BuildError, RunError, SpecError
+from gate.precision import COMPUTE_TYPES
 from gate.spec import EngineSpec, GateSpec
 from gate.verdict import Evidence
 
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _SINCE = (1, 24, 1)
 """The first version that says which provider runs a node. Source: microsoft/onnxruntime#26781."""
+
+
+def _as_computed(layers: tuple[Layer, ...], engine: EngineSpec) -> tuple[Layer, ...]:
+    """The nodes of a graph in the precision that the provider computes in: TF32 is its setting, not the graph's.
+
+    Source: ONNX Runtime's CUDA provider, `use_tf32`; that the provider runs these nodes was held by their placement.
+    """
+    if engine.precision != "tf32":
+        return layers
+    return tuple(
+        msgspec.structs.replace(each, precision="tf32")
+        if each.precision == "fp32" and each.type in COMPUTE_TYPES
+        else each
+        for each in layers
+    )
 
 
 class OnnxRuntimeBackend:
@@ -143,7 +161,7 @@ class OnnxRuntimeBackend:
                 **more,
             },
             profile=profile_of(spec),
-            layers=layers_of(model),
+            layers=_as_computed(layers_of(model), engine),
             layers_source="graph",
             seconds=seconds if engine.needs_gpu else None,
         )

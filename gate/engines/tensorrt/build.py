@@ -144,7 +144,7 @@ def build_plan(
         warnings.simplefilter("ignore", DeprecationWarning)
         options = _configure(job, builder, config)
         sources, are_own = _set_tactic_sources(job, config)
-        _read_timing_cache(job, config)
+        timings = _read_timing_cache(job, config)
         constraints = _constrain(job, network)
         feed = _calibration(job, builder, network, config, inputs)
         keep = calibrator(trt, engine.options.calibrator or "entropy", feed) if feed is not None else None
@@ -160,7 +160,7 @@ def build_plan(
             if feed is not None:
                 feed.close()
         atomic.write_bytes(out, data)
-        digests = {each.name: each.sha256 for each in plugins} | _write_timing_cache(job, config)
+        digests = {each.name: each.sha256 for each in plugins} | _write_timing_cache(job, timings)
     if calibration is not None:
         digests["calibration_cache"] = sha256_hex(calibration[0].payload)
     source = "network"
@@ -368,13 +368,17 @@ def _set_tactic_sources(job: _Job, config: tensorrt.IBuilderConfig) -> tuple[lis
     return used, bits == own
 
 
-def _read_timing_cache(job: _Job, config: tensorrt.IBuilderConfig) -> None:
+def _read_timing_cache(job: _Job, config: tensorrt.IBuilderConfig) -> Any:
     """Start from the timings in the file, where it exists and the builder takes it; else from none, and say so.
 
     The builder answers what it cannot read with an empty cache and a warning (8.6.0, RTX 1.7), or with None.
+
+    Returns:
+        The cache, which the config refers to and does not own: keep it until the build is over. None where no file is
+        named. Source: TensorRT 8.6.0 aborts the process where it was freed before.
     """
     if job.engine.options.timing_cache is None:
-        return
+        return None
     path = Path(job.engine.options.timing_cache)
     try:
         data = atomic.read_regular(path, limit_bytes=_TIMING_LIMIT_BYTES) if path.exists() else b""
@@ -387,16 +391,16 @@ def _read_timing_cache(job: _Job, config: tensorrt.IBuilderConfig) -> None:
         refused = True
     if refused:
         job.log.note(f"timing cache {path.name} is not usable by {job.name} {job.version} here; it is replaced")
-        fresh = job.required(config.create_timing_cache(b""), "has no timing cache")
-        config.set_timing_cache(fresh, False)
+        cache = job.required(config.create_timing_cache(b""), "has no timing cache")
+        config.set_timing_cache(cache, False)
+    return cache
 
 
-def _write_timing_cache(job: _Job, config: tensorrt.IBuilderConfig) -> dict[str, str]:
+def _write_timing_cache(job: _Job, cache: Any) -> dict[str, str]:
     """Write the timings of this build with those from before; their digest, which makes the same build again."""
     if job.engine.options.timing_cache is None:
         return {}
-    cache = job.required(config.get_timing_cache(), "has no timing cache after the build")
-    data = bytes(cache.serialize())
+    data = bytes(job.required(cache.serialize(), "cannot write its timing cache"))
     atomic.write_bytes(Path(job.engine.options.timing_cache), data)
     return {"timing_cache": sha256_hex(data)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from types import FrameType
@@ -14,6 +15,13 @@ from gate.engines.interface import Progress
 
 _LAST_LINES = 12
 _COMPLAINTS = ("WARNING", "ERROR", "INTERNAL_ERROR")
+
+_LOGGERS: list[Any] = []
+"""Every logger that TensorRT was given, for as long as the process lives: the first one stays its global logger, which the
+plugin registry writes to, and it is never asked whether it is still there. Source: NvInferRuntime.h, getLogger()."""
+
+_LOGS: list[weakref.ref[Log]] = []
+"""The logs, newest last: what a logger is told after its own log is gone belongs to whoever works now."""
 
 
 class Log:
@@ -25,20 +33,25 @@ class Log:
 
     def logger(self, trt: Any) -> Any:
         """A logger of that module which collects instead of printing."""
-        tell = self._tell
+        own = weakref.ref(self, _forget)
+        _LOGS.append(own)
 
         class Collecting(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                tell(getattr(severity, "name", str(severity)), message)
+                log = own() or _newest()
+                if log is not None:
+                    log.tell(getattr(severity, "name", str(severity)), message)
 
-        return Collecting()
+        logger = Collecting()
+        _LOGGERS.append(logger)
+        return logger
 
     def note(self, message: str) -> None:
         """Add a warning of the gate's own."""
-        self._tell("WARNING", message)
+        self.tell("WARNING", message)
 
     def complaints(self) -> tuple[str, ...]:
         """Warnings and errors, each once."""
@@ -64,11 +77,20 @@ class Log:
                     return rest.partition(after)[0].strip() or None
         return None
 
-    def _tell(self, severity: str, message: str) -> None:
+    def tell(self, severity: str, message: str) -> None:
+        """A message, with the name of its severity."""
         if severity in _COMPLAINTS:
             self._complaints.append((severity, message))
         else:
             self._others.append(message)
+
+
+def _newest() -> Log | None:
+    return next((log for log in (each() for each in reversed(_LOGS)) if log is not None), None)
+
+
+def _forget(gone: weakref.ref[Log]) -> None:
+    _LOGS.remove(gone)
 
 
 class Interruption:

@@ -23,8 +23,8 @@ as its compiler writes it."""
 _VERSION_AT = 24
 """Offset of major, minor, patch and build, one byte each, in serialization version 0. Source: likewise."""
 _LENGTH_AT = 16
-"""Offset of the plan's whole length, uint64. Source: every plan that TensorRT-RTX 1.7.1 compiled; not relied on for TensorRT,
-where it is not documented."""
+"""Offset of the plan's whole length, uint64. Source: every plan that TensorRT 8.6.0 on an H200 and TensorRT-RTX 1.7.1 wrote;
+8.6.0 itself says `plan->header.size == blobSize failed` where it is another."""
 _LEAST_BYTES: Mapping[Family, int] = {"tensorrt": 28, "tensorrt_rtx": 64}
 """The shortest header. Source: TensorRT: as far as the version goes. RTX: `Runtime.engine_header_size` of 1.7.1."""
 _LATER_MAJORS = ((8, 10), (10, 11))
@@ -95,7 +95,7 @@ def read_header(data: bytes) -> PlanHeader | None:
     if serialization != 0:
         return PlanHeader(family=family, version=None, length_bytes=None)
     major, minor, patch, build = data[_VERSION_AT : _VERSION_AT + 4]
-    length = struct.unpack_from("<Q", data, _LENGTH_AT)[0] if family == "tensorrt_rtx" else None
+    (length,) = struct.unpack_from("<Q", data, _LENGTH_AT)
     return PlanHeader(family=family, version=(major, minor, patch, build), length_bytes=length)
 
 

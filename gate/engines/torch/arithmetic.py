@@ -41,7 +41,9 @@ def deployed(*, tf32: bool) -> Callable[[], None]:
 
 
 def require_device(device: str) -> None:
-    """Make sure that PyTorch can compute on a device, and reproducibly.
+    """Make sure that PyTorch can compute on a device, and reproducibly. Opens the CUDA context of the process.
+
+    An AOTInductor package that is loaded before there is a context ends the process with a segmentation fault.
 
     Raises:
         BackendUnavailable: It cannot.
@@ -58,6 +60,17 @@ def require_device(device: str) -> None:
             + (f" (it is built for CUDA {built})" if built else ": it is built for the CPU only"),
             hint="Install a CUDA build of PyTorch that the driver supports, or run on a GPU host.",
         )
+    torch.zeros(1, device="cuda")
+
+
+def give_memory_back() -> None:
+    """Return what PyTorch's allocator keeps of freed device memory, so that the next engine's own can be measured."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _switches() -> Callable[[], None]:

@@ -136,6 +136,10 @@ class TorchBackend:
                 atomic.write_bytes(out, _identity(module, engine=engine, version=version))
         finally:
             restore()
+        device = made.device
+        if device != "cpu":
+            del made, tensors
+            arithmetic.give_memory_back()
         return BuildRecord(
             backend=self.name,
             backend_version=version,
@@ -143,7 +147,7 @@ class TorchBackend:
             options={
                 "mode": mode_of(engine),
                 "cast": cast_of(engine),
-                "device": made.device,
+                "device": device,
                 "dynamic": sorted(_dynamic_axes(spec)),
                 "outputs": "brought back to the dtypes of the model in FP32, after the engine",
             },

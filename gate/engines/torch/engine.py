@@ -190,6 +190,11 @@ class CudaTorchEngineRunner(TorchEngineRunner):
         once()
         return once
 
+    def close(self) -> None:
+        """As on the CPU; and give the device memory back."""
+        super().close()
+        arithmetic.give_memory_back()
+
     def __enter__(self) -> CudaTorchEngineRunner:
         return self
 

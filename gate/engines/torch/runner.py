@@ -175,6 +175,7 @@ class TorchRunner:
             restore()
             if self._device != "cpu":
                 self._module.to("cpu")
+                arithmetic.give_memory_back()
 
     def __enter__(self) -> TorchRunner:
         return self
