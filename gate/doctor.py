@@ -498,11 +498,15 @@ def _onnxruntime(facts: Facts) -> Iterator[Line]:
     yield line or Line(name="onnxruntime", status="OK", version=answer.version, detail=detail)
     if both:
         versions = [f"{name} {facts.distributions[name]}" for name in ("onnxruntime", "onnxruntime-gpu")]
+        has_gpu_build = "CUDAExecutionProvider" in answer.providers
+        told = f"{' and '.join(versions)} are both installed"
         yield Line(
             name="onnxruntime.packages",
-            status="unusable",
-            detail=f"{' and '.join(versions)} are both installed into one folder: the later has overwritten the earlier",
-            fix=again,
+            status="OK" if has_gpu_build else "unusable",
+            detail=f"{told}: the one with GPU providers is what Python finds"
+            if has_gpu_build
+            else f"{told} into one folder: the later has overwritten the earlier",
+            fix=None if has_gpu_build else again,
         )
     for name in ("cuda", "tensorrt"):
         yield _provider(facts, answer, name, again=again)

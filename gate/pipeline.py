@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gate.engines import backend as backend_named
 from gate.engines.feed import profile_of
-from gate.engines.interface import Backend
+from gate.engines.interface import CALIBRATION_NAME, Backend
 from gate.errors import BackendUnavailable, MeasurementError, ReferenceMismatch, RunError, SpecError
 from gate.manifest import sha256_hex
 from gate.reference import RECORDING, RecordedGraph, external_data, write_recording
@@ -212,7 +212,7 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
         DigestMismatch: An engine's file is not the one that was checked.
     """
     from gate.baseline import baseline_bytes
-    from gate.store import seal
+    from gate.store import CALIBRATION_PATH, seal
 
     least = Evidence(file.spec.policy.seal_evidence)
     sealed: list[Sealed] = []
@@ -235,9 +235,11 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
         if reason is not None or result.verdict is None or result.engine_path is None:
             sealed.append(Sealed(result.name, None, reason))
             continue
-        extra = {"policy/gate.toml": file.text.encode()}
+        extra: dict[str, bytes | Path] = {"policy/gate.toml": file.text.encode()}
         if result.baseline_sha256 is not None:
             extra["baseline/baseline.json"] = baseline_bytes(result, run=run, root=baselines)
+        if result.build is not None and "calibration_cache" in result.build.digests:
+            extra[CALIBRATION_PATH] = Path(result.engine_path).with_name(CALIBRATION_NAME)
         path = out / run.model_id / result.name
         seal(
             result.verdict.require_passed(),

@@ -1,6 +1,6 @@
 """Sealed bundles: written whole, verified before anything in them is opened.
 
-    bundle/artifacts/model.plan (or model.onnx), metadata.json
+    bundle/artifacts/model.plan (or model.onnx, model.pt2), metadata.json, calibration.cache
     bundle/baseline/baseline.json       where the engine was judged by one
     bundle/evidence/metrics.json, environment.json, latency.npy
     bundle/policy/gate.toml
@@ -55,9 +55,10 @@ BASELINE_PATH = "baseline/baseline.json"
 METRICS_PATH = "evidence/metrics.json"
 ENVIRONMENT_PATH = "evidence/environment.json"
 SPEC_PATH = "policy/gate.toml"
-ENGINE_PATHS = ("artifacts/model.onnx", "artifacts/model.plan")
+CALIBRATION_PATH = "artifacts/calibration.cache"
+ENGINE_PATHS = ("artifacts/model.onnx", "artifacts/model.plan", "artifacts/model.pt2")
 MAX_FILES = 1000
-_READ = (METADATA_PATH, METRICS_PATH, ENVIRONMENT_PATH, LATENCY_PATH, BASELINE_PATH, SPEC_PATH)
+_READ = (METADATA_PATH, METRICS_PATH, ENVIRONMENT_PATH, LATENCY_PATH, BASELINE_PATH, SPEC_PATH, CALIBRATION_PATH)
 _MAX_LATENCY_BYTES = 512 * 1024 * 1024
 
 
@@ -117,7 +118,8 @@ def seal(
         result: One of the run's engines, with its raw latencies.
         engine_file: The engine; copied, and hashed while it is.
         extra: More files by their path in the bundle: `policy/gate.toml`, the spec's bytes, always;
-            `baseline/baseline.json` where the engine was judged by one.
+            `baseline/baseline.json` where the engine was judged by one; `artifacts/calibration.cache` where TensorRT
+            calibrated it.
         out: The bundle's folder.
         replace: Take the place of another bundle that is there. What is no bundle is never replaced.
 
@@ -164,8 +166,8 @@ def seal(
 
 
 def engine_path_of(backend: str) -> str:
-    """The engine's path in a bundle: `artifacts/model.onnx` for ONNX Runtime, else `artifacts/model.plan`."""
-    return "artifacts/model.onnx" if backend == "onnxruntime" else "artifacts/model.plan"
+    """The engine's path in a bundle: `artifacts/model.onnx`, for PyTorch `artifacts/model.pt2`, else `artifacts/model.plan`."""
+    return {"onnxruntime": ENGINE_PATHS[0], "torch": ENGINE_PATHS[2]}.get(backend, ENGINE_PATHS[1])
 
 
 def _require_one_story(passed: PassedVerdict, run: CheckRun, result: EngineResult) -> None:
@@ -196,6 +198,8 @@ def _require_extra(extra: Mapping[str, bytes | Path], result: EngineResult) -> N
     if (BASELINE_PATH in extra) != (result.baseline_sha256 is not None):
         expected = "none" if result.baseline_sha256 is None else f"{result.baseline_sha256[:12]}…"
         raise BundleError(f"{BASELINE_PATH} does not fit: engine {result.name!r} was judged by baseline {expected}")
+    if (CALIBRATION_PATH in extra) != (result.build is not None and "calibration_cache" in result.build.digests):
+        raise BundleError(f"{CALIBRATION_PATH} goes with an engine that TensorRT calibrated, and with no other")
 
 
 def _evidence(run: CheckRun, result: EngineResult) -> dict[str, bytes]:
@@ -469,9 +473,23 @@ class _Verification:
             if baseline.digest != digests.baseline:
                 raise DigestMismatch("is not the baseline that the engine was judged by", where=where)
             looked.append("baseline")
+        self.calibration()
+        if CALIBRATION_PATH in self.contents:
+            looked.append("calibration")
         if LATENCY_PATH in self.contents:
             looked.append("latency")
         return ", ".join(looked)
+
+    def calibration(self) -> None:
+        """The ranges that TensorRT calibrated are those that the engine was built with."""
+        where = self.where(CALIBRATION_PATH)
+        expected = self.metadata.build.digests.get("calibration_cache")
+        if (expected is None) != (CALIBRATION_PATH not in self.contents):
+            raise VerificationError("the metadata and the bundle do not agree on a calibration cache", where=where)
+        if expected is not None:
+            _, _, ranges = self.contents[CALIBRATION_PATH].partition(b"\n")
+            if sha256_hex(ranges) != expected:
+                raise DigestMismatch("holds other ranges than the engine was built with", where=where)
 
     def require(self, name: str) -> bytes:
         """The bytes of a file that each bundle has."""

@@ -268,12 +268,21 @@ def test_clocks_say_whether_a_setting_holds_them():
     assert status(changed(on_h200(), sm_clock_mhz=None), "clocks") == "missing"
 
 
-def test_two_packages_of_onnx_runtime_in_one_folder_are_named():
-    both = msgspec.structs.replace(on_h200(), distributions={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.30.0"})
+def test_two_packages_of_onnx_runtime_of_which_the_one_without_gpu_won_are_named():
+    answer = Answer(version="1.31.1", providers={"CPUExecutionProvider": None})
+    both = msgspec.structs.replace(
+        on_h200(onnxruntime=answer), distributions={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.30.0"}
+    )
     found = line(both, "onnxruntime.packages")
     assert found.status == "unusable"
     assert "onnxruntime 1.31.1 and onnxruntime-gpu 1.30.0" in found.detail
     assert found.fix == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+
+
+def test_two_packages_of_onnx_runtime_of_which_the_one_for_gpus_is_found_are_well():
+    both = msgspec.structs.replace(on_h200(), distributions={"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.31.1"})
+    found = line(both, "onnxruntime.packages")
+    assert (found.status, found.fix) == ("OK", None)
 
 
 def test_provider_whose_library_does_not_load_is_unusable_with_the_packages_that_mend_it():

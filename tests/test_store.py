@@ -447,10 +447,10 @@ def test_what_does_not_belong_into_a_bundle_is_refused_and_leaves_nothing(made, 
 
 
 def test_more_files_may_be_sealed_from_bytes_or_from_disk(made, tmp_path):
-    (tmp_path / "table").write_bytes(b"calibration")
-    extra = {**made[3], "artifacts/calibration.cache": tmp_path / "table", "evidence/log.txt": b"log"}
+    (tmp_path / "table").write_bytes(b"table")
+    extra = {**made[3], "artifacts/more.bin": tmp_path / "table", "evidence/log.txt": b"log"}
     verified = sealed(made, tmp_path / "b", extra=extra)
-    assert (verified.folder / "artifacts" / "calibration.cache").read_bytes() == b"calibration"
+    assert (verified.folder / "artifacts" / "more.bin").read_bytes() == b"table"
     assert "evidence/log.txt" in verified.metadata.files
 
 
@@ -605,3 +605,61 @@ def test_stopping_at_any_step_leaves_the_old_or_the_new_and_never_a_half(made, t
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 5
+
+
+RANGES = b"TRT-8600-EntropyCalibration2\nx: 3c010a14\n"
+CACHE = b'{"format":"trt-gate calibration 1"}\n' + RANGES
+CALIBRATION = "artifacts/calibration.cache"
+
+
+@pytest.fixture
+def calibrated(made, tmp_path):
+    """What `sealed` takes for an engine that TensorRT calibrated, and its bundle."""
+    run, result, engine, extra = made
+    digests = {"calibration_cache": hashlib.sha256(RANGES).hexdigest()}
+    result = msgspec.structs.replace(result, build=msgspec.structs.replace(result.build, digests=digests))
+    run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
+    changed = (run, result, engine, {**extra, CALIBRATION: CACHE})
+    return changed, sealed(changed, tmp_path / "calibrated").folder
+
+
+def test_the_ranges_that_an_engine_was_calibrated_with_are_sealed_beside_it(calibrated):
+    _, bundle = calibrated
+    assert (bundle / CALIBRATION).read_bytes() == CACHE
+    assert "calibration" in verify(bundle).steps[-1].detail
+
+
+def test_a_calibrated_engine_is_not_sealed_without_its_ranges(calibrated, tmp_path):
+    (run, result, engine, extra), _ = calibrated
+    without = {name: data for name, data in extra.items() if name != CALIBRATION}
+    with pytest.raises(BundleError, match="goes with an engine that TensorRT calibrated"):
+        sealed((run, result, engine, without), tmp_path / "out")
+
+
+def test_ranges_beside_an_engine_that_was_not_calibrated_are_refused(made, tmp_path):
+    run, result, engine, extra = made
+    with pytest.raises(BundleError, match="and with no other"):
+        sealed((run, result, engine, {**extra, CALIBRATION: CACHE}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("data", [CACHE.replace(b"3c01", b"3c02"), b"", b"no second line"])
+def test_other_ranges_than_the_engine_was_built_with_are_refused_although_every_digest_holds(calibrated, data):
+    _, bundle = calibrated
+    (bundle / CALIBRATION).write_bytes(data)
+    reseal(bundle)
+    with pytest.raises(DigestMismatch, match="holds other ranges than the engine was built with"):
+        verify(bundle)
+
+
+def test_missing_ranges_are_refused_although_every_digest_holds(calibrated):
+    _, bundle = calibrated
+    (bundle / CALIBRATION).unlink()
+    reseal(bundle)
+    with pytest.raises(VerificationError, match="do not agree on a calibration cache"):
+        verify(bundle)
+
+
+def test_each_kind_of_engine_has_its_own_name_in_a_bundle():
+    assert engine_path_of("onnxruntime") == "artifacts/model.onnx"
+    assert engine_path_of("tensorrt") == engine_path_of("tensorrt_rtx") == "artifacts/model.plan"
+    assert engine_path_of("torch") == "artifacts/model.pt2"

@@ -228,6 +228,9 @@ class Resources:
     progress: Progress | None = None
 
 
+CALIBRATION_NAME = "calibration.cache"
+"""What the ranges that a compiler calibrated are called, beside the engine's file."""
+
 Origin = Literal["lowered", "exported", "model"]
 """What a backend builds an engine from: the graph in its precision, the FP32 graph, or the PyTorch model."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gate import atomic
 from gate.engines.feed import profile_of, require_inputs
-from gate.engines.interface import BuildRecord, CalibrationRecord, Layer, Resources
+from gate.engines.interface import CALIBRATION_NAME, BuildRecord, CalibrationRecord, Layer, Resources
 from gate.engines.tensorrt import api
 from gate.engines.tensorrt.calibrate import (
     BatchShape,
@@ -160,6 +160,8 @@ def build_plan(
             if feed is not None:
                 feed.close()
         atomic.write_bytes(out, data)
+        if calibration is not None and (owner := _owner(job)) is not None:
+            write_cache(out.with_name(CALIBRATION_NAME), owner, calibration[0])
         digests = {each.name: each.sha256 for each in plugins} | _write_timing_cache(job, timings)
     if calibration is not None:
         digests["calibration_cache"] = sha256_hex(calibration[0].payload)
@@ -510,8 +512,15 @@ def _cache_key(job: _Job) -> CacheKey | None:
     """
     if job.engine.options.calibration_cache is None:
         return None
-    if job.resources.onnx_sha256 is None or job.resources.calibration_sha256 is None:
+    if (owner := _owner(job)) is None:
         raise BuildError("a calibration cache needs the digests of the graph and the samples", where=job.where)
+    return owner
+
+
+def _owner(job: _Job) -> CacheKey | None:
+    """What the ranges of this build belong to; None where the graph's digest or the samples' is not known."""
+    if job.resources.onnx_sha256 is None or job.resources.calibration_sha256 is None:
+        return None
     return CacheKey(
         model_sha256=job.resources.onnx_sha256,
         calibration_sha256=job.resources.calibration_sha256,
