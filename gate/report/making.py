@@ -10,6 +10,7 @@ from gate.precision import compute_layers
 from gate.results import EngineResult
 
 _NAMED = 6
+_LISTED = 200
 
 
 def making_lines(result: EngineResult) -> Iterator[str]:
@@ -33,6 +34,18 @@ def making_lines(result: EngineResult) -> Iterator[str]:
         yield f"built by {build.backend} {build.backend_version} in {build.seconds:.1f} s{complaints}"
     for name, digest in build.digests.items():
         yield f"made with {name} (sha256 {digest[:12]}…)"
+
+
+def nodes_by_precision(result: EngineResult) -> Iterator[tuple[str, str]]:
+    """Each precision with the names of the nodes that run in it: of the engine where they are listed, else of its graph."""
+    build = () if result.build is None else result.build.layers
+    layers = build or (() if result.lowering is None else result.lowering.layers)
+    named: dict[str, list[str]] = {}
+    for layer in layers:
+        named.setdefault(layer.precision, []).append(f"{layer.name} ({layer.type})")
+    for precision, names in sorted(named.items(), key=lambda each: -len(each[1])):
+        more = f" and {len(names) - _LISTED} more, all in report.json" if len(names) > _LISTED else ""
+        yield f"{precision}, {len(names)}", f"{', '.join(names[:_LISTED])}{more}"
 
 
 def reproduce_lines(result: EngineResult) -> Iterator[str]:

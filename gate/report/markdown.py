@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gate.errors import GateError
-from gate.report.making import making_lines, reproduce_lines
+from gate.report.making import making_lines, nodes_by_precision, reproduce_lines
 from gate.report.table import HEADINGS, device_text, rows
 from gate.report.terminal import next_command
 from gate.results import CheckRun, EngineResult
@@ -123,6 +123,10 @@ def _details(result: EngineResult) -> Iterator[str]:
     for note in (*making_lines(result), *result.notes):
         yield ""
         yield _text(note)
+    if nodes := [*nodes_by_precision(result)]:
+        yield from ("", "<details><summary>which nodes run in which precision</summary>", "")
+        yield from _table(("precision", "nodes"), nodes)
+        yield from ("", "</details>")
     if commands := [*reproduce_lines(result)]:
         yield from ("", "```sh", *(line.replace("```", "` ` `") for line in commands), "```")
     yield ""

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from gate.engines.interface import BuildRecord, CalibrationRecord, Layer, LoweringRecord, TensorRange
-from gate.report.making import making_lines, reproduce_lines
+from gate.report.making import making_lines, nodes_by_precision, reproduce_lines
 from gate.results import EngineResult
 
 LAYERS = (
@@ -79,6 +79,24 @@ def test_the_graph_of_a_tf32_engine_is_an_fp32_one():
         precision="tf32", tool="copy", tool_version="", opset=17, layers=(Layer("/c", "Conv", "fp32"),)
     )
     assert [*making_lines(result(lowering=copied, build=None, precision="tf32"))] == ["lowered by copy: 1 fp32"]
+
+
+def test_nodes_are_listed_by_their_precision():
+    assert [*nodes_by_precision(result(build=None))] == [
+        ("fp32, 2", "/head/Gemm (Gemm), /relu (Relu)"),
+        ("int8, 1", "/stem/Conv (Conv)"),
+    ]
+
+
+def test_layers_of_the_engine_go_before_those_of_its_graph():
+    assert [name for name, _ in nodes_by_precision(result())] == ["int8, 1", "fp16, 1"]
+
+
+def test_long_lists_say_how_many_are_left_out():
+    many = tuple(Layer(f"/n{index}", "Relu", "fp16") for index in range(250))
+    ((name, text),) = nodes_by_precision(result(build=msgspec.structs.replace(BUILD, layers=many)))
+    assert name == "fp16, 250"
+    assert text.endswith("/n199 (Relu) and 50 more, all in report.json")
 
 
 def test_commands_that_reproduce_build_and_latency_are_given():
