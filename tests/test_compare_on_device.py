@@ -18,9 +18,10 @@ from gate.compare_on_device import (
     LEAST_ELEMENTS,
     LEAST_ELEMENTS_A_SAMPLE,
     DeviceAccumulator,
-    accumulator_for,
+    described,
+    has_cuda,
     host_array,
-    usable,
+    is_large,
 )
 from gate.errors import MeasurementError
 
@@ -508,46 +509,64 @@ class Buffer:
         }  # fmt: skip
 
 
-def test_comparing_on_a_device_needs_a_gpu_and_enough_elements(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_a_batch_is_large_with_enough_elements_and_no_tiny_samples():
     per_sample = LEAST_ELEMENTS_A_SAMPLE
     samples = LEAST_ELEMENTS // per_sample
-    assert usable(Buffer((samples, per_sample)))
-    assert not usable(Buffer((samples - 1, per_sample)))
-    assert not usable(Buffer((2 * samples, per_sample - 1)))
-    assert not usable(Buffer((LEAST_ELEMENTS,)))
-    assert usable(Buffer((LEAST_ELEMENTS,)), batch_axis=False)
-    assert not usable(Buffer(()))
-    assert not usable(np.zeros((samples, per_sample), np.float32))
-    assert not usable(torch.zeros((samples, per_sample)))
-    assert not usable([[1.0]])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not usable(Buffer((samples, per_sample)))
+    assert is_large((samples, per_sample))
+    assert not is_large((samples - 1, per_sample))
+    assert not is_large((2 * samples, per_sample - 1))
+    assert not is_large((LEAST_ELEMENTS,))
+    assert is_large((LEAST_ELEMENTS,), batch_axis=False)
+    assert not is_large(())
 
 
-def test_without_pytorch_no_device_is_usable(monkeypatch):
+def test_cuda_is_what_pytorch_finds(monkeypatch):
+    for found in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert has_cuda() is found
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError, OSError])
+def test_without_a_pytorch_that_loads_there_is_no_cuda(monkeypatch, error):
     original = builtins.__import__
 
     def without_torch(name, *args, **kwargs):
         if name == "torch":
-            raise ModuleNotFoundError("No module named 'torch'")
+            raise error("No module named 'torch'")
         return original(name, *args, **kwargs)
 
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(builtins, "__import__", without_torch)
-    assert not usable(Buffer((1, LEAST_ELEMENTS)))
+    assert not has_cuda()
 
 
-def test_the_accumulator_is_chosen_by_the_first_batch(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settings = {
-        "atol": 1.0, "rtol": 0.5, "center": np.zeros(3), "batch_axis": False, "histogram": False, "topk": False,
-    }  # fmt: skip
-    large = accumulator_for("x", np.float32, Buffer((1, LEAST_ELEMENTS)), **settings)
-    small = accumulator_for("x", np.float32, np.zeros((1, LEAST_ELEMENTS), np.float32), **settings)
-    assert type(large) is DeviceAccumulator
-    assert type(small) is OutputAccumulator
-    large.merge(small)
+def test_an_output_is_described_without_its_memory():
+    huge = described("x", Buffer((1 << 20, 1 << 20)))
+    assert (huge.shape, huge.dtype) == ((1 << 20, 1 << 20), np.float32)
+    brain = described("x", torch.ones((2, 3), dtype=torch.bfloat16))
+    assert (brain.shape, brain.dtype) == ((2, 3), np.float32)
+    array = np.ones((2, 3), np.int8)
+    assert described("x", array) is array
+    with pytest.raises(MeasurementError, match="output 'x' is a list"):
+        described("x", [1.0])
+
+
+def test_a_copy_on_the_host_stays_as_it_was():
+    output = torch.ones((2, 3))
+    copy = host_array(output)
+    output.fill_(7)
+    assert (copy == 1).all()
+
+
+def test_tensors_of_inference_mode_are_compared():
+    r, c = pair((30, 24), noise=0.1)
+    with torch.inference_mode():
+        floats, whole = tensor(c), tensor(np.arange(720, dtype=np.uint16).reshape(30, 24))
+    assert bits(measure(DeviceAccumulator("x", np.float32), r, floats)) == bits(
+        measure(DeviceAccumulator("x", np.float32), r, tensor(c))
+    )
+    same_bits = np.arange(720, dtype=np.uint16).reshape(30, 24)
+    assert measure(DeviceAccumulator("x", np.uint16), same_bits, whole).max_abs == 0
 
 
 @pytest.mark.parametrize(
@@ -563,7 +582,7 @@ def test_a_malformed_interface_is_an_error(interface, message):
     buffer = Buffer((2, 2))
     buffer.__cuda_array_interface__ |= interface
     for call in (
-        lambda: usable(buffer),
+        lambda: described("x", buffer),
         lambda: host_array(buffer),
         lambda: DeviceAccumulator("x", np.float32).add(np.zeros((2, 2), np.float32), buffer, first_sample=0),
     ):
@@ -667,6 +686,5 @@ def test_memory_on_the_gpu_is_bounded_by_blocks():
 
 
 @pytest.mark.gpu
-def test_a_large_output_on_a_gpu_is_usable():
-    assert usable(torch.zeros((2, LEAST_ELEMENTS), device="cuda"))
-    assert not usable(torch.zeros((2, 10), device="cuda"))
+def test_pytorch_finds_the_gpu_that_its_tests_run_on():
+    assert has_cuda()

@@ -57,7 +57,7 @@ doctor() {
 
 tests() {
   with_torch -m pytest -m gpu -q -p no:cacheprovider tests/engines/test_onnxruntime_gpu.py tests/engines/torch \
-    tests/test_compare_on_device.py 2>&1 |
+    tests/test_compare_on_device.py tests/steps 2>&1 |
     tee "$out/tests-torch.txt" | tail -15
   with_trt -m pytest -m gpu -q -p no:cacheprovider tests/engines/tensorrt tests/cli/test_inspect.py 2>&1 |
     tee "$out/tests-tensorrt.txt" | tail -25

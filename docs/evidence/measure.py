@@ -27,8 +27,8 @@ from gate.engines import backend as backend_named
 from gate.errors import GateError
 from gate.reference import batch_size, record
 from gate.spec import EngineSpec, located, read_spec
+from gate.steps.compare import compare_outputs
 from gate.steps.context import CheckOptions, Context, Silence
-from gate.steps.judge import _compare
 from gate.steps.make import make_engine, model_resources
 from gate.timing import sample
 from gate.verdict import Evidence, Failure, Finding
@@ -174,7 +174,7 @@ def best(call: Callable[[], object], turns: int = 3) -> float:
 def compared(run: Context, engine: EngineSpec, runner: Any) -> None:
     """The gate's own loop over all samples: every finding of parity."""
     findings: list[Finding | Failure] = []
-    if _compare(run, engine, runner, Evidence.DEVICE, findings) is None or not findings:
+    if compare_outputs(run, engine, runner, Evidence.DEVICE, findings) is None or not findings:
         raise GateError("nothing was compared")
 
 

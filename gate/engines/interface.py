@@ -187,6 +187,23 @@ class GpuTimed(Protocol):
 
 
 @runtime_checkable
+class OutputsOnDevice(Protocol):
+    """A runner on a GPU that can leave its outputs there."""
+
+    def run_to_device(self, feed_dict: NamedArrays) -> dict[str, Any]:
+        """One inference from host arrays, as `Runner.run`; what it gives stays on the device, and is done.
+
+        Returns:
+            By name CUDA tensors of PyTorch, objects with `__cuda_array_interface__`, or host arrays of outputs that the
+            engine makes there. They hold until the runner's next inference, or until it is closed.
+
+        Raises:
+            RunError: As `Runner.run`.
+        """
+        ...
+
+
+@runtime_checkable
 class Renewable(Protocol):
     """A runner that can make another of the same loaded engine, with an execution context of its own."""
 

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
 
-from gate.data.samples import Batch
 from gate.engines.interface import Backend, GpuTimed, Runner
-from gate.errors import BuildError, DataError, GateError, MeasurementError, RunError
+from gate.errors import BuildError, GateError, MeasurementError
 from gate.metamorphic import applicable_checks, metamorphic_findings
 from gate.rebuilds import build_differences, with_spread
-from gate.reference import Recording, batch_size, run_filled
-from gate.results import EngineResult, OutputMetrics, TaskMetrics
+from gate.reference import batch_size
+from gate.results import EngineResult
 from gate.spec import EngineSpec, LatencySpec, SpecFile, located
-from gate.steps.context import Context, scores_output
+from gate.steps.compare import compare_outputs
+from gate.steps.context import Context
 from gate.steps.make import Made, make_engine, model_resources
-from gate.tensors import Array, mismatches
-from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict, is_covered
+from gate.tensors import Array
+from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Verdict, is_covered
 
 if TYPE_CHECKING:
     from gate.memory import DevicePeak
-
-DIAGNOSED_ROWS = 256
 
 
 def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineResult:
@@ -115,7 +111,7 @@ def rebuilt(
             others.append(again)
             findings.extend(_build_findings(engine, again, again.path.stat().st_size, file=run.file))
             with _opened(run, engine, backend, again) as runner:
-                _compare(run, engine, runner, evidence, findings)
+                compare_outputs(run, engine, runner, evidence, findings)
         except GateError as err:
             findings.append(_failure(f"run[rebuild {index}]", err, evidence))
     builds = (made, *others)
@@ -207,15 +203,15 @@ def _run_engine(
 
     evidence = result.evidence or Evidence.PREFLIGHT
     with host_peak() as host:
-        compared = _compare(run, engine, runner, evidence, findings)
+        compared = compare_outputs(run, engine, runner, evidence, findings, before_device=lambda: _seen(peak))
         if compared is None:
             return result
         result = msgspec.structs.replace(
             result, outputs=compared.outputs, task=compared.task, notes=(*result.notes, *compared.notes)
         )
         _metamorphic(run, engine, runner, evidence, findings)
-        peak.look()
-        peak.stop()
+        if not compared.on_device:
+            _seen(peak)
         if engine.latency is not None:
             result = _latency(run, engine, runner, result, findings=findings)
     result = msgspec.structs.replace(result, host_peak_mib=host.mib)
@@ -224,6 +220,12 @@ def _run_engine(
     if engine.baseline is not None:
         result = _against_baseline(run, engine, result, evidence, findings)
     return result
+
+
+def _seen(peak: DevicePeak) -> None:
+    """Look a last time: what comes next takes device memory that is not the engine's, or must not be disturbed."""
+    peak.look()
+    peak.stop()
 
 
 def _memory_finding(key: str, mib: float | None, engine: EngineSpec, run: Context, *, evidence: Evidence) -> Finding:
@@ -241,153 +243,6 @@ def _memory_finding(key: str, mib: float | None, engine: EngineSpec, run: Contex
         evidence=evidence,
         hint=f"docs/findings.md#memory-{key}",
     )
-
-
-@dataclass(frozen=True)
-class _Compared:
-    outputs: tuple[OutputMetrics, ...]
-    task: TaskMetrics | None
-    notes: tuple[str, ...]
-
-
-def _compare(
-    run: Context, engine: EngineSpec, runner: Runner, evidence: Evidence, findings: list[Finding | Failure]
-) -> _Compared | None:
-    """Run every sample through the engine beside the recorded reference. None where outputs cannot be paired."""
-    from gate.compare import OutputAccumulator
-    from gate.diagnosis import diagnose
-    from gate.metrics.classification import ClassificationAccumulator, task_findings
-    from gate.tolerances import allclose_tolerances, parity_findings
-
-    recording = run.recording
-    scores = scores_output(run) if run.spec.task is not None else None
-    accumulators: dict[str, OutputAccumulator] = {}
-    task = ClassificationAccumulator() if scores is not None else None
-    labels: list[Array] = []
-    kept: dict[str, tuple[list[Array], list[Array]]] = {}
-    kept_rows = 0
-    with run.stage("compare", engine=engine.name, total=len(recording.files)):
-        for batch, reference in run.pairs():
-            candidate = run_batch(runner, batch, engine=engine, run=run)
-            wrong = mismatches(reference, candidate, cast_io=engine.cast_io)
-            if wrong:
-                findings.append(
-                    Failure(
-                        check="parity.outputs",
-                        error="RunError",
-                        message="; ".join(dict.fromkeys(map(str, wrong))),
-                        evidence=evidence,
-                        hint=_output_hint(recording),
-                    )
-                )
-                return None
-            for name, values in reference.items():
-                if name not in accumulators:
-                    scale = recording.outputs[name]
-                    atol, rtol = allclose_tolerances(engine, rms=scale.rms)
-                    accumulators[name] = OutputAccumulator(
-                        name,
-                        dtype=values.dtype,
-                        atol=atol,
-                        rtol=rtol,
-                        center=scale.center,
-                        batch_axis=scale.batch_axis,
-                    )
-                accumulators[name].add(values, candidate[name], first_sample=batch.first)
-            if task is not None and scores is not None:
-                if batch.labels is None:
-                    raise DataError(
-                        "[task] needs labels, and the samples have none",
-                        where=f"[data] source = {run.spec.data.source!r}",
-                    )
-                task.add(reference[scores], candidate[scores], batch.labels, first_sample=batch.first)
-                labels.append(batch.labels)
-            if kept_rows < DIAGNOSED_ROWS:
-                for name, values in reference.items():
-                    pair = kept.setdefault(name, ([], []))
-                    pair[0].append(values)
-                    pair[1].append(candidate[name])
-                kept_rows += batch.size
-            run.observer.advance()
-    outputs = tuple(each.metrics() for each in accumulators.values())
-    notes: list[str] = []
-    if engine.parity is not None:
-        parity = parity_findings(outputs, engine=engine, file=run.file, evidence=evidence)
-        findings.extend(parity)
-        if any(finding.status is not Status.PASSED for finding in parity):
-            for metrics in outputs:
-                pair = kept[metrics.output]
-                alike = len({each.shape[1:] for each in pair[0]}) == 1
-                if recording.outputs[metrics.output].batch_axis and metrics.kind == "float" and alike:
-                    notes.extend(diagnose(metrics, np.concatenate(pair[0]), np.concatenate(pair[1])))
-    counted = None
-    if task is not None:
-        counted = task.metrics()
-        if engine.task is not None:
-            findings.extend(
-                task_findings(counted, engine=engine, file=run.file, evidence=evidence, labels=np.concatenate(labels))
-            )
-    if scores is not None and any(finding.status is not Status.PASSED for finding in findings):
-        notes.extend(_worst_answer(run, engine, runner, scores, outputs))
-    return _Compared(outputs=outputs, task=counted, notes=tuple(dict.fromkeys(notes)))
-
-
-def _worst_answer(
-    run: Context, engine: EngineSpec, runner: Runner, scores: str, outputs: tuple[OutputMetrics, ...]
-) -> Iterator[str]:
-    """What reference and engine say of the worst sample, for a reader who has to look at it."""
-    worst = next((each.worst_samples[0][0] for each in outputs if each.output == scores and each.worst_samples), None)
-    if worst is None:
-        return
-    for batch, reference in run.pairs():
-        row = worst - batch.first
-        if not 0 <= row < batch.size:
-            continue
-        theirs = np.asarray(reference[scores][row], dtype=np.float64)
-        ours = np.asarray(run_batch(runner, batch, engine=engine, run=run)[scores][row], dtype=np.float64)
-        label = "" if batch.labels is None else f"label {batch.labels[row]}, "
-        margin = np.sort(theirs)[-1] - np.sort(theirs)[-2] if theirs.size > 1 else np.inf
-        answer = f"engine {int(ours.argmax())}" if np.isfinite(ours).all() else "engine NaN or Inf"
-        yield f"worst sample {worst}: {label}reference {int(theirs.argmax())} by {margin:.2g}, {answer}"
-        return
-
-
-def _output_hint(recording: Recording) -> str:
-    names = ", ".join(f'"{name}"' for name in recording.outputs)
-    return (
-        f'Re-export with output_names = [{names}], or map them: outputs = {{ {next(iter(recording.outputs))} = "…" }}.'
-    )
-
-
-def run_batch(runner: Runner, batch: Batch, *, engine: EngineSpec, run: Context) -> dict[str, Array]:
-    """The engine's outputs for a batch, under the reference's names.
-
-    A batch smaller than the profile allows is filled up with its last sample, and the outputs cut again.
-    """
-    started = time.perf_counter()
-    outputs = run_filled(runner, batch, inputs=run.spec.inputs)
-    run.seconds["inside_engines"] = run.seconds.get("inside_engines", 0.0) + time.perf_counter() - started
-    return _renamed(outputs, engine.outputs)
-
-
-def _renamed(outputs: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
-    """The engine's outputs under the reference's names.
-
-    Raises:
-        RunError: An output that the spec names is not there, is named twice, or takes the name of another.
-    """
-    for ours, theirs in names.items():
-        if theirs not in outputs:
-            raise RunError(f"outputs = {{ {ours} = {theirs!r} }}: the engine has {', '.join(map(repr, outputs))}")
-    if len(set(names.values())) != len(names):
-        raise RunError(f"outputs names one output of the engine twice: {', '.join(map(repr, names.values()))}")
-    renamed = {theirs: ours for ours, theirs in names.items()}
-    given = [renamed.get(name, name) for name in outputs]
-    if twice := [name for name in dict.fromkeys(given) if given.count(name) > 1]:
-        raise RunError(
-            f"outputs maps {names[twice[0]]!r} to {twice[0]!r}, and the engine has an output {twice[0]!r} of its own"
-        )
-    return dict(zip(given, outputs.values(), strict=True))
 
 
 def _metamorphic(

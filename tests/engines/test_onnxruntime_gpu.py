@@ -12,10 +12,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from gate.compare_on_device import has_cuda, host_array
 from gate.engines import backend
-from gate.engines.interface import GpuTimed
+from gate.engines.interface import GpuTimed, OutputsOnDevice
 from gate.engines.onnxruntime import OnnxRuntimeRunner
-from gate.engines.onnxruntime.gpu import OnnxRuntimeGpuRunner, _process_folder
+from gate.engines.onnxruntime.gpu import OnnxRuntimeGpuRunner, _left_by, _process_folder
 from gate.engines.onnxruntime.placement import RECORD_ENTRY, placed_nodes, require_placement
 from gate.errors import BackendUnavailable, BuildError, RunError
 from gate.spec import EngineOptions, GateSpec
@@ -157,20 +158,54 @@ def test_simulated_device_gives_time_between_two_events(simulated):
     assert runner.run({"x": X})["y"].shape == (2, 10)
 
 
+def test_outputs_that_did_not_come_to_lie_on_the_device_are_arrays(simulated, net):
+    runner, _ = simulated
+    assert isinstance(runner, OutputsOnDevice)
+    for x in (X, -X, X[:1]):
+        left = runner.run_to_device({"x": x})
+        np.testing.assert_array_equal(left["y"], runner.run({"x": x})["y"])
+    with OnnxRuntimeRunner(net, spec=SPEC) as host:
+        assert not isinstance(host, OutputsOnDevice)
+
+
+class ValueOnDevice:
+    """An OrtValue on a GPU."""
+
+    def device_name(self):
+        return "cuda"
+
+    def data_ptr(self):
+        return 4096
+
+    def shape(self):
+        return [2, 10]
+
+
+def test_an_output_on_the_device_is_described_where_it_lies():
+    current = True
+    left = _left_by(ValueOnDevice(), "float16", is_current=lambda: current)
+    assert left.__cuda_array_interface__ == {
+        "shape": (2, 10), "typestr": "<f2", "data": (4096, False), "strides": None, "version": 3, "stream": None,
+    }  # fmt: skip
+    current = False
+    with pytest.raises(RunError, match="the output is gone"):
+        _ = left.__cuda_array_interface__
+
+
 def test_closing_gives_stream_and_events_back_once(simulated):
     runner, clock = simulated
     once, wall = runner.gpu_timed({"x": X}), runner.timed({"x": X})
     runner.close()
     runner.close()
     assert clock.calls == ["stream", "drop 100", "drop 101", "close 5"]
-    for call in (once, wall, lambda: runner.run({"x": X})):
+    for call in (once, wall, lambda: runner.run({"x": X}), lambda: runner.run_to_device({"x": X})):
         with pytest.raises(RunError, match="closed"):
             call()
 
 
 def test_wrong_feed_is_an_error_on_the_device_too(simulated):
     runner, _ = simulated
-    for call in (runner.timed, runner.gpu_timed):
+    for call in (runner.timed, runner.gpu_timed, runner.run_to_device):
         with pytest.raises(RunError, match="outside the profile's 1 to 4"):
             call({"x": np.zeros((5, 3, 16, 16), np.float32)})
         with pytest.raises(RunError, match="missing"):
@@ -268,6 +303,21 @@ def test_cuda_runs_every_node_that_computes_and_agrees_with_the_cpu(net, tmp_pat
         times = [runner.gpu_timed({"x": X})() for _ in range(3)]
         assert not np.allclose(runner.run({"x": -X})["y"], expected)
     assert all(0 < each < 1_000_000_000 for each in times)
+
+
+@pytest.mark.gpu
+def test_outputs_that_stay_on_the_gpu_are_those_of_the_host(net):
+    require_cuda_provider()
+    if not has_cuda():
+        pytest.skip("reading them takes PyTorch with CUDA")
+    with backend("onnxruntime").open(net, spec=SPEC, engine=SPEC.engines[0]) as runner:
+        for x in (X, -X, X[:1], X):
+            before = runner.run_to_device({"x": -x})["y"]
+            left = runner.run_to_device({"x": x})["y"]
+            assert not isinstance(left, np.ndarray)
+            with pytest.raises(RunError, match="the output is gone"):
+                _ = before.__cuda_array_interface__
+            np.testing.assert_array_equal(host_array(left), runner.run({"x": x})["y"])
 
 
 @pytest.mark.gpu

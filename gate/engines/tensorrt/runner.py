@@ -211,17 +211,22 @@ class TensorRTRunner:
             self._capture()
             self._execute()
             memory.synchronize(stream)
-            run = self._runs
-            shapes |= self._dynamic_shapes()
-            return {
-                name: DeviceArray(
-                    self._buffers.device(name, 0),
-                    shape=shapes[name],
-                    dtype=meta.dtype,
-                    is_current=lambda: not self._closed and self._runs == run,
-                )
-                for name, meta in self._outputs.items()
-            }
+            return self._left(shapes)
+
+    def run_to_device(self, feed_dict: NamedArrays) -> dict[str, DeviceArray]:
+        """One inference on host arrays, copied in as by `run`; the outputs stay on the device, as by `run_on_device`.
+
+        Raises:
+            RunError: As `run`.
+        """
+        bound = self._bind(feed_dict)
+        memory, stream = self._opened()
+        with self._recovering():
+            self._copy_in(bound)
+            self._capture()
+            self._execute()
+            memory.synchronize(stream)
+            return self._left({name: array.shape for name, (array, _) in bound.outputs.items()})
 
     def fresh(self) -> TensorRTRunner:
         """Another runner, with a context, a stream and buffers of its own, closed on its own.
@@ -444,6 +449,24 @@ class TensorRTRunner:
                 raise self._plan.failed(f"the engine did not say what shape output {name!r} has")
             shapes[name] = shape
         return shapes
+
+    def _left(self, shapes: Mapping[str, Shape]) -> dict[str, DeviceArray]:
+        """The outputs of the inference that is done, in its buffers.
+
+        Args:
+            shapes: Of those whose shape does not depend on values.
+        """
+        run = self._runs
+        shapes = {**shapes, **self._dynamic_shapes()}
+        return {
+            name: DeviceArray(
+                self._buffers.device(name, 0),
+                shape=shapes[name],
+                dtype=meta.dtype,
+                is_current=lambda: not self._closed and self._runs == run,
+            )
+            for name, meta in self._outputs.items()
+        }
 
     def _capture(self) -> None:
         """Capture the inference where that was asked for and is not done: once run as it is, then collected.

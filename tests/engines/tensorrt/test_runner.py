@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save_model
 
+from gate.compare_on_device import has_cuda, host_array
 from gate.engines import backend
-from gate.engines.interface import GpuTimed, Renewable
+from gate.engines.interface import GpuTimed, OutputsOnDevice, Renewable
 from gate.engines.tensorrt.loaded import LoadedPlan
 from gate.engines.tensorrt.runner import TensorRTRunner
 from gate.errors import BackendUnavailable, IncompatibleEngine, RunError
@@ -365,6 +366,57 @@ def test_device_output_is_gone_after_the_next_inference(sim):
         _ = second.__cuda_array_interface__
 
 
+def read(sim, output):
+    """What an output on the simulated device holds."""
+    interface = output.__cuda_array_interface__
+    dtype = np.uint16 if output.dtype == "bfloat16" else output.dtype
+    return sim.device.array_at(interface["data"][0], interface["shape"], dtype).copy()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_outputs_of_host_arrays_can_stay_on_the_device(sim, cuda_graph):
+    with sim.load(cuda_graph=cuda_graph) as runner:
+        assert isinstance(runner, OutputsOnDevice)
+        for x in (X, -X, X[:1], X):
+            left = runner.run_to_device({"x": x})
+            np.testing.assert_array_equal(read(sim, left["y"]), x @ WEIGHT)
+            np.testing.assert_array_equal(runner.run({"x": 2 * x})["y"], 2 * x @ WEIGHT)
+            with pytest.raises(RunError, match="the output is gone"):
+                _ = left["y"].__cuda_array_interface__
+    assert sim.device.is_clean
+
+
+def test_outputs_left_on_the_device_have_the_shape_that_they_got(sim):
+    with sim.load(outputs=("y", "kept")) as runner:
+        for x in (X, -X, np.ones((4, 3), np.float32)):
+            left = runner.run_to_device({"x": x})
+            y = x @ WEIGHT
+            np.testing.assert_array_equal(read(sim, left["y"]), y)
+            np.testing.assert_array_equal(read(sim, left["kept"]), y[y.sum(1) > 0])
+
+
+def test_bfloat16_left_on_the_device_says_so(sim):
+    with sim.load(out_dtype="BF16") as runner:
+        left = runner.run_to_device({"x": X})["y"]
+        assert (left.dtype, left.__cuda_array_interface__["typestr"]) == ("bfloat16", "<V2")
+        bits = read(sim, left).astype(np.uint32) << 16
+        np.testing.assert_array_equal(bits.view(np.float32), runner.run({"x": X})["y"])
+
+
+def test_what_does_not_fit_is_an_error_where_outputs_stay_on_the_device_too(sim):
+    runner = sim.load()
+    with pytest.raises(RunError, match="input 'x' is missing"):
+        runner.run_to_device({})
+    with pytest.raises(RunError, match="axis 0 .n. is 5"):
+        runner.run_to_device({"x": np.ones((5, 3), np.float32)})
+    left = runner.run_to_device({"x": X})["y"]
+    runner.close()
+    with pytest.raises(RunError, match="the runner is closed"):
+        runner.run_to_device({"x": X})
+    with pytest.raises(RunError, match="the output is gone"):
+        _ = left.__cuda_array_interface__
+
+
 class _Aliased:
     """An output taken for an input of another shape."""
 
@@ -500,6 +552,23 @@ def test_gpu_array_of_another_runner_is_fed_without_a_copy(tmp_path):
         again = second.run_on_device({"x": passed})["y"]
         assert again.shape == (2, 3)
         np.testing.assert_array_equal(first.run({"x": X})["y"], np.maximum(X, 0))
+
+
+@pytest.mark.gpu
+def test_gpu_outputs_that_stay_on_the_device_are_those_of_the_host(tmp_path):
+    if not has_cuda():
+        pytest.skip("reading them takes PyTorch with CUDA")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("NonZero", ["y"], ["kept"])]
+    plan = built(tmp_path, nodes, outputs=("y", "kept"), kinds={"kept": TensorProto.INT64})
+    with opened(*plan) as runner:
+        assert isinstance(runner, OutputsOnDevice)
+        for x in (X, -X, np.ones((8, 3), np.float32)):
+            left = {name: host_array(each) for name, each in runner.run_to_device({"x": x}).items()}
+            expected = runner.run({"x": x})
+            assert list(left) == list(expected)
+            for name, values in expected.items():
+                assert left[name].dtype == values.dtype
+                np.testing.assert_array_equal(left[name], values)
 
 
 def _on_gpu(runner, array):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from gate.compare_on_device import host_array
 from gate.engines import backend as backend_named
-from gate.engines.interface import GpuTimed, Resources
+from gate.engines.interface import GpuTimed, OutputsOnDevice, Resources
 from gate.engines.torch.backend import TorchBackend
 from gate.engines.torch.engine import TorchEngineRunner
 from gate.engines.torch.runner import TorchRunner
@@ -467,6 +468,12 @@ def test_an_engine_on_the_gpu_answers_as_the_reference_there(tmp_path, mode, pre
         assert isinstance(runner, GpuTimed)
         assert runner.gpu_timed(feed)() > 0
         assert runner.timed(feed)() is None
+        assert isinstance(runner, OutputsOnDevice)
+        left = runner.run_to_device(feed)
+        assert {each.device.type for each in left.values()} == {"cuda"}
+        for name, values in runner.run(feed).items():
+            assert host_array(left[name]).dtype == values.dtype
+            assert relative(values + 1.0, host_array(left[name]) + 1.0) <= 1e-2
     limit = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}[precision]
     assert relative(wanted["scores"], found["scores"]) <= limit
 
