@@ -15,7 +15,17 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize("expression", ["gpu", "gpu and not slow"])
 def test_asked_for_gpu_tests_that_are_all_skipped_fail_the_run(expression):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", expression, str(TESTS / "engines" / "tensorrt"), "-p", "no:cacheprovider"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            expression,
+            str(TESTS / "engines" / "tensorrt"),
+            "-p",
+            "no:cacheprovider",
+        ],
         capture_output=True,
         text=True,
         timeout=120,
