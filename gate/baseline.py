@@ -227,17 +227,28 @@ def version_family(backend: str, version: str) -> str:
     return match[1] if backend == "onnxruntime" else f"{match[1]}.{match[2]}"
 
 
-def device_of(backend: str, fingerprint: Fingerprint) -> str:
-    """`cpu` for ONNX Runtime's CPU provider, else the GPU's architecture: `sm90`.
+def device_of(backend: str, evidence: Evidence, fingerprint: Fingerprint) -> str:
+    """`cpu` for what ran on the host, else the GPU's architecture: `sm90`.
+
+    Args:
+        backend: As in the spec; says it where nothing was run.
+        evidence: Of the engine's result.
+        fingerprint: Of the machine.
 
     Raises:
-        BaselineError: The backend needs a GPU, and the fingerprint has none.
+        BaselineError: It ran on a GPU, and the fingerprint has none.
     """
-    if backend == "onnxruntime":
+    if not _on_gpu(backend, evidence):
         return "cpu"
     if fingerprint.compute_capability is None:
         raise BaselineError(f"backend {backend!r} runs on a GPU, and the fingerprint names none")
     return "sm" + fingerprint.compute_capability.replace(".", "")
+
+
+def _on_gpu(backend: str, evidence: Evidence) -> bool:
+    if evidence is Evidence.PREFLIGHT:
+        return backend in ("tensorrt", "tensorrt_rtx")
+    return evidence is Evidence.DEVICE
 
 
 def subject_of(run: CheckRun, result: EngineResult) -> Subject:
@@ -264,7 +275,7 @@ def _subject(result: EngineResult, *, case: str, samples: int, data_sha256: str,
         precision=result.precision,
         backend=result.backend,
         backend_version_family=version_family(result.backend, result.build.backend_version),
-        device=device_of(result.backend, fingerprint),
+        device=device_of(result.backend, result.evidence or Evidence.PREFLIGHT, fingerprint),
         samples=samples,
         data_sha256=data_sha256,
     )
@@ -567,9 +578,10 @@ def check_against_baseline(
         if fingerprint is None:
             from gate.device import fingerprint as of_machine
 
-            fingerprint = of_machine(for_gpu=engine.backend != "onnxruntime")
+            fingerprint = of_machine(for_gpu=_on_gpu(engine.backend, evidence))
         case = file.spec.model.id
-        subject = _subject(result, case=case, samples=samples, data_sha256=data_sha256, fingerprint=fingerprint)
+        measured = msgspec.structs.replace(result, evidence=evidence)
+        subject = _subject(measured, case=case, samples=samples, data_sha256=data_sha256, fingerprint=fingerprint)
         path = baseline_path(root, case=case, engine=engine.name, device=subject.device)
         baseline = read_baseline(path)
         require_comparable(baseline, subject, result, where=str(path))
@@ -697,7 +709,9 @@ def baseline_bytes(result: EngineResult, *, run: CheckRun, root: Path) -> bytes:
 
 
 def accept(run: CheckRun, *, engines: Sequence[str] = (), root: Path, who: str, when: str, why: str) -> AcceptResult:
-    """Write baselines from a run. What did not run, or fails a check other than the baseline's own, is skipped.
+    """Write baselines from a run, and skip what cannot have one: each with its reason.
+
+    That is what did not run, what fails a check other than the baseline's own, and what names no device or version.
 
     Args:
         run: The run, which may have been read from its report.
@@ -727,13 +741,17 @@ def accept(run: CheckRun, *, engines: Sequence[str] = (), root: Path, who: str, 
         if reason is not None:
             skipped.append(Skipped(engine=result.name, reason=reason))
             continue
-        subject = subject_of(run, result)
-        path = baseline_path(root, case=subject.case, engine=subject.engine, device=subject.device)
         try:
-            history = read_baseline(path).latency
-        except BaselineError:
-            history = ()
-        baseline = baseline_from_result(run, result, who=who, when=when, why=why, history=history)
+            subject = subject_of(run, result)
+            path = baseline_path(root, case=subject.case, engine=subject.engine, device=subject.device)
+            try:
+                history = read_baseline(path).latency
+            except BaselineError:
+                history = ()
+            baseline = baseline_from_result(run, result, who=who, when=when, why=why, history=history)
+        except BaselineError as err:
+            skipped.append(Skipped(engine=result.name, reason=err.message))
+            continue
         write_baseline(path, baseline)
         accepted.append(Accepted(engine=result.name, path=path, baseline=baseline))
     return AcceptResult(accepted=tuple(accepted), skipped=tuple(skipped))

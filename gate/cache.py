@@ -103,12 +103,14 @@ class Cache:
 
     @staticmethod
     def entry_key(**parts: object) -> str:
-        """The key of what is made from `parts`: SHA-256 of their canonical JSON.
+        """The key of what this version of the gate makes from `parts`: SHA-256 of their canonical JSON.
 
         Raises:
             BundleError: A part is not a JSON value, or not finite.
         """
-        return sha256_hex(canonical_json(parts))
+        from gate import __version__
+
+        return sha256_hex(canonical_json({"gate": __version__, "parts": parts}))
 
     def get(self, kind: str, key: str) -> Entry | None:
         """The entry, every file of it hashed again; None where there is none, or was a corrupt one."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from gate.engines.interface import TensorRange
+from gate.engines.interface import CalibrationRecord, TensorRange
 from gate.tensors import Array, NamedArrays
 
 LEAST_SAMPLES = 32
@@ -53,6 +53,8 @@ _BLOCK = 1 << 17
 """Values handled at once, so that the scratch arrays stay in the processor's cache."""
 
 _NAMED = 4
+
+_WIDER = "larger in range than the evaluation data"
 
 
 class ActivationStats:
@@ -204,6 +206,25 @@ def calibration_notes(ranges: Iterable[TensorRange], *, samples: int) -> tuple[s
     return tuple(notes)
 
 
+def calibration_warnings(record: CalibrationRecord | None, scales: Iterable[str] = ()) -> tuple[str, ...]:
+    """What a reader must know of an engine's calibration, whether it passed or not.
+
+    Args:
+        record: Of the calibration; None where the graph comes from a recording, which does not hold it.
+        scales: The notes of `scale_notes`. That of an input whose range is wider alone is left out where outliers take
+            that range: it would tell the same again, and wrongly blame the preprocessing.
+    """
+    if record is None:
+        return tuple(scales)
+    explained = tuple(_of_input(each.name) for each in record.ranges if each.state == "outliers")
+    kept = (note for note in scales if not (note.startswith(explained) and _WIDER in note))
+    return tuple(dict.fromkeys((*record.notes, *kept)))
+
+
+def _of_input(name: str) -> str:
+    return f"calibration input {name!r} "
+
+
 def _spread(each: TensorRange) -> float:
     return (each.max_abs or 0.0) / each.p999_abs if each.p999_abs else math.inf
 
@@ -297,7 +318,7 @@ def scale_notes(calibration: Mapping[str, InputStats], evaluation: Mapping[str, 
             continue
         said = _scale(ours.rms, theirs.rms, "rms") or _scale(ours.spread, theirs.spread, "range")
         if said:
-            notes.append(f"calibration input {name!r} {said}: preprocess both alike")
+            notes.append(f"{_of_input(name)}{said}: preprocess both alike")
     return tuple(notes)
 
 
@@ -311,6 +332,8 @@ def _scale(ours: float, theirs: float, what: str) -> str | None:
         return f"has the {what} {ours:.3g}, the evaluation data {theirs:.3g}"
     if not large / small > SCALE_FACTOR:
         return None
-    by = "smaller" if ours < theirs else "larger"
-    kind = f"{by} than the evaluation data" if what == "rms" else f"{by} in range than the evaluation data"
+    if what == "range":
+        kind = _WIDER if ours > theirs else "smaller in range than the evaluation data"
+    else:
+        kind = f"{'smaller' if ours < theirs else 'larger'} than the evaluation data"
     return f"is {large / small:.3g} x {kind} {numbers}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -166,6 +167,29 @@ def device_memory_used_bytes() -> int | None:
     """
     read = _memory_reader()
     return None if read is None else read()
+
+
+def open_context() -> bool:
+    """Open the CUDA context of this process on the first visible GPU, so that what follows is measured without it.
+
+    TensorRT, ONNX Runtime and PyTorch all compute in this primary context; it takes some hundred MiB of device memory,
+    which belong to whoever comes first. It stays open for as long as the process lives.
+
+    Returns:
+        Whether it is open.
+
+    Source: the CUDA driver API, cuDevicePrimaryCtxRetain.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    return bool(
+        cuda.cuInit(0) == 0
+        and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0
+        and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+    )
 
 
 def git_revision(folder: Path) -> str | None:

@@ -112,10 +112,12 @@ class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     Args:
         lines: Engines by the line that they need; `device_memory` stands for cuda-python or PyTorch with CUDA.
         device_peak_mib: The largest budget for device memory.
+        optional: By each optional engine the lines that it needs; where all engines are, one must be able to run.
     """
 
     lines: dict[str, tuple[str, ...]]
     device_peak_mib: float | None = None
+    optional: dict[str, tuple[str, ...]] = {}
 
 
 def needs_of(spec: GateSpec, *, recorded: bool = False) -> Needs:
@@ -127,6 +129,11 @@ def needs_of(spec: GateSpec, *, recorded: bool = False) -> Needs:
     """
     lines: dict[str, list[str]] = {}
     peaks = [0.0]
+    optional = {
+        engine.name: tuple(dict.fromkeys(_needed(spec, engine, recorded=recorded)))
+        for engine in spec.engines
+        if engine.optional
+    }
     for engine in spec.engines:
         if engine.optional:
             continue
@@ -136,7 +143,11 @@ def needs_of(spec: GateSpec, *, recorded: bool = False) -> Needs:
                 users.append(engine.name)
         if engine.memory is not None and engine.memory.device_peak_mib is not None:
             peaks.append(engine.memory.device_peak_mib)
-    return Needs(lines={name: tuple(users) for name, users in lines.items()}, device_peak_mib=max(peaks) or None)
+    return Needs(
+        lines={name: tuple(users) for name, users in lines.items()},
+        device_peak_mib=max(peaks) or None,
+        optional=optional,
+    )
 
 
 def _needed(spec: GateSpec, engine: EngineSpec, *, recorded: bool) -> Iterator[str]:
@@ -144,6 +155,8 @@ def _needed(spec: GateSpec, engine: EngineSpec, *, recorded: bool) -> Iterator[s
     yield engine.backend
     if spec.model.factory is not None and not recorded:
         yield "torch"
+        if spec.model.device == "cuda":
+            yield from (*_GPU_LINES, "torch.cuda")
         if engine.backend != "torch" and engine.onnx is None and engine.plan is None:
             yield "onnx"
     if engine.backend == "onnxruntime":
@@ -208,18 +221,33 @@ def examine(facts: Facts, needs: Needs | None = None, *, spec: str | None = None
         what = ", ".join(f"{line.name} {line.status}" for line in roots)
         more = f" and {len(failing) - len(roots)} more" if len(roots) < len(failing) else ""
         summary = f"{what}{more}; needed by {', '.join(engines)}"
+    elif unusable := _optional_that_cannot_run(lines, needs):
+        summary = f"none of the spec's engines can run here, all of them optional: {unusable}"
     elif not usable:
         summary = "no backend can be used here"
     else:
         summary = f"usable: {', '.join(f'{name} ({evidence})' for name, evidence in usable.items())}"
     return Examination(
-        ok=not failing and bool(usable),
+        ok=not failing and bool(usable) and not _optional_that_cannot_run(lines, needs),
         summary=summary,
         spec=spec,
         platform=facts.platform,
         usable=usable,
         lines=shown,
     )
+
+
+def _optional_that_cannot_run(lines: Mapping[str, Line], needs: Needs | None) -> str:
+    """Where every engine is optional and none can run: each with what it lacks; else nothing."""
+    if needs is None or needs.lines or not needs.optional:
+        return ""
+    lacking = {
+        engine: [name for name in names if name in lines and lines[name].status != "OK"]
+        for engine, names in needs.optional.items()
+    }
+    if not all(lacking.values()):
+        return ""
+    return ", ".join(f"{engine} lacks {names[0]}" for engine, names in lacking.items())
 
 
 def _usable(lines: Mapping[str, Line]) -> dict[str, str]:

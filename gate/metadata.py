@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from gate.engines.interface import BuildRecord
+from gate.engines.interface import BuildRecord, CalibrationRecord, LoweringRecord
 from gate.errors import BundleError, MeasurementError, VerificationError
 from gate.manifest import FileDigest, RelativePath, Sha256, Timestamp, pretty_json, strict_json
 from gate.results import (
@@ -131,6 +131,20 @@ class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     calibration: Sha256 | None
 
 
+class SealedLowering(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the graph was lowered and quantised, as in gate.engines.interface.LoweringRecord.
+
+    Its nodes are left out: the layers that the engine runs are in `build`.
+    """
+
+    precision: str
+    tool: str
+    tool_version: str
+    opset: PositiveInt
+    calibration: CalibrationRecord | None
+    notes: tuple[str, ...]
+
+
 class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A sealed engine.
 
@@ -138,6 +152,8 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         model_id: The model's id and the first seven digits of its weights' digest (the reference's, where the
             weights are not named): `digits-cnn@3a1f9c2`.
         onnx_opset: Of the graph that was compiled; null for a plan that existed already.
+        lowering: How that graph was made; null where it was not lowered. A compiler's own calibration is in `build`.
+        warnings: What a reader must know although it passed.
         profile: Per input its min, opt and max shapes.
         trt_version: Of TensorRT or TensorRT-RTX; null for another backend.
         cuda, driver, gpu: Of the machine it was checked on; null without a GPU.
@@ -161,7 +177,9 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     git: str | None
     created: Timestamp
     files: dict[RelativePath, FileDigest]
+    lowering: SealedLowering | None
     build: BuildRecord
+    warnings: tuple[str, ...]
     verdict: SealedVerdict
     samples: PositiveInt
     metrics: Metrics
@@ -213,7 +231,9 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
         git=origin.git,
         created=run.created,
         files=dict(files),
+        lowering=_lowering(result.lowering),
         build=build,
+        warnings=result.warnings,
         verdict=SealedVerdict(status="PASSED", evidence=verdict.evidence, required=verdict.required, findings=findings),
         samples=run.samples,
         metrics=Metrics(outputs=result.outputs, task=result.task),
@@ -231,6 +251,13 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
         seeds={"data": origin.seed},
         gate_version=run.gate_version,
     )
+
+
+def _lowering(record: LoweringRecord | None) -> SealedLowering | None:
+    if record is None:
+        return None
+    kept = {name: getattr(record, name) for name in SealedLowering.__struct_fields__}
+    return SealedLowering(**kept)
 
 
 def _sealed(finding: Finding) -> SealedFinding:
@@ -327,6 +354,8 @@ def contradictions(metadata: Metadata, durations_ns: np.ndarray[Any, np.dtype[np
         metadata.precision,
     ):
         yield "backend, backend_version or precision are not those of its build record"
+    if metadata.lowering is not None and metadata.lowering.precision != metadata.precision:
+        yield f"lowering.precision is {metadata.lowering.precision!r}, precision is {metadata.precision!r}"
     task = metadata.metrics.task
     if task is not None:
         for name, count, bits in (

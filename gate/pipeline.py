@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +77,8 @@ def check(file: SpecFile, options: CheckOptions | None = None, observer: Observe
     Raises:
         SpecError: An engine that was asked for is not in the spec, or a file that it names is missing.
         DataError: The samples cannot be used, are too few, or are calibrated on.
-        BackendUnavailable: A backend is not installed and its engine is not optional.
+        BackendUnavailable: A backend is not installed or cannot be used here, or needs the model where there is a
+            recording, and its engine is not optional.
         ExportError: PyTorch to ONNX failed.
         ReferenceMismatch: The reference misses what training reported.
         MeasurementError: No engine ran.
@@ -88,10 +90,14 @@ def check(file: SpecFile, options: CheckOptions | None = None, observer: Observe
     observer = observer or Silence()
     started = time.perf_counter()
     chosen = [file.engine(name) for name in options.engines] or list(file.spec.engines)
-    usable = {engine.name: _usable(engine, file) for engine in chosen}
-    if all(isinstance(each, str) for each in usable.values()):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in usable.items())
-        raise MeasurementError(f"no engine can run here, so there is nothing to pass ({reasons})", where=str(file.path))
+    usable = {engine.name: _usable(engine, file, recorded=options.reference is not None) for engine in chosen}
+    reasons = {name: reason for name, reason in usable.items() if isinstance(reason, str)}
+    if len(reasons) == len(usable):
+        raise MeasurementError(
+            f"no engine can run here, so there is nothing to pass\n{_by_reason(reasons)}",
+            where=str(file.path),
+            hint=f"next: gate doctor --spec {shlex.quote(str(file.path))}",
+        )
     run = Context(file, options, observer)
     run.open_samples()
     run.open_reference()
@@ -134,26 +140,34 @@ def check(file: SpecFile, options: CheckOptions | None = None, observer: Observe
     )
 
 
-def _usable(engine: EngineSpec, file: SpecFile) -> Backend | str:
+def _by_reason(reasons: Mapping[str, str]) -> str:
+    """A line for each reason, with the engines that it holds for."""
+    engines: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        engines.setdefault(reason.removeprefix(f"engine {name!r} "), []).append(name)
+    return "\n".join(f"  {', '.join(names)}: {reason}" for reason, names in engines.items())
+
+
+def _usable(engine: EngineSpec, file: SpecFile, *, recorded: bool) -> Backend | str:
     """The engine's backend, or why an optional engine is not run.
 
     Raises:
         BackendUnavailable: It cannot be used here, and the engine is not optional.
+        SpecError: It can, and does not have what the engine asks for.
     """
     try:
         backend = backend_named(engine.backend)
+        if recorded:
+            _require_no_model(engine, file, backend)
         backend.version()
-        needed = Evidence(engine.required_evidence)
-        backend.require_supported(engine)
-        here = backend.runs_here(engine)
-        if needed is not Evidence.PREFLIGHT and (here is None or here.rank < needed.rank):
-            raise BackendUnavailable(
-                f"engine {engine.name!r} asks for evidence {needed.value!r}, and backend {engine.backend!r} "
-                f"{'can only compile' if here is None else f'gives {here.value!r}'} on this machine",
-                where=file.engine_location(engine.name, "evidence"),
-                hint="Run it on a machine with that device, set optional = true to list it as NOT RUN here, "
-                'or evidence = "preflight" to compile only.',
-            )
+        unsupported: SpecError | None = None
+        try:
+            backend.require_supported(engine)
+        except SpecError as err:
+            unsupported = err
+        _require_evidence(engine, file, backend, unsupported)
+        if unsupported is not None:
+            raise unsupported
     except BackendUnavailable as err:
         if engine.optional:
             return err.message
@@ -161,13 +175,60 @@ def _usable(engine: EngineSpec, file: SpecFile) -> Backend | str:
     return backend
 
 
-def not_run_reason(engine: EngineSpec, file: SpecFile) -> str | None:
+def _require_no_model(engine: EngineSpec, file: SpecFile, backend: Backend) -> None:
+    """Hold an engine against a recording, which has the model's answers and graphs, and no model.
+
+    Raises:
+        BackendUnavailable: It is made from the model itself.
+    """
+    if engine.plan is None and engine.onnx is None and backend.origin(engine) == "model":
+        raise BackendUnavailable(
+            f"engine {engine.name!r} is made from the model itself, and a recording has only its answers and graphs",
+            where=file.engine_location(engine.name, "backend"),
+            hint="Run without --reference, leave this engine out with --engine, or set optional = true to list it as "
+            "NOT RUN here.",
+        )
+
+
+def _require_evidence(engine: EngineSpec, file: SpecFile, backend: Backend, unsupported: SpecError | None) -> None:
+    """Hold the evidence that an engine asks for against this machine.
+
+    Args:
+        engine: What is asked for.
+        file: The spec.
+        backend: The engine's.
+        unsupported: What else is wrong; it is told behind, since this machine could not run the engine without it.
+
+    Raises:
+        BackendUnavailable: This machine does not give it.
+    """
+    needed = Evidence(engine.required_evidence)
+    here = backend.runs_here(engine)
+    if needed is Evidence.PREFLIGHT or (here is not None and here.rank >= needed.rank):
+        return
+    raise BackendUnavailable(
+        f"engine {engine.name!r} asks for evidence {needed.value!r}, and backend {engine.backend!r} "
+        f"{'can only compile' if here is None else f'gives {here.value!r}'} on this machine"
+        f"{'' if unsupported is None else f'; besides, {unsupported.message}'}",
+        where=file.engine_location(engine.name, "evidence"),
+        hint="Run it on a machine with that device, set optional = true to list it as NOT RUN here, "
+        'or evidence = "preflight" to compile only.',
+    )
+
+
+def not_run_reason(engine: EngineSpec, file: SpecFile, *, reference: Path | None = None) -> str | None:
     """Why an optional engine is NOT RUN on this machine; None where it can be run.
+
+    Args:
+        engine: Which.
+        file: The spec.
+        reference: The recording that stands in the model's place; None: the model itself.
 
     Raises:
         BackendUnavailable: It cannot be run, and is not optional.
+        SpecError: Its backend does not have what it asks for.
     """
-    usable = _usable(engine, file)
+    usable = _usable(engine, file, recorded=reference is not None)
     return usable if isinstance(usable, str) else None
 
 

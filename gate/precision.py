@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from gate.engines.interface import BuildRecord, Layer
+from gate.spec import LoweringSpec
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit
 
 CHECK = "build.delivered_precision"
@@ -67,14 +69,64 @@ def compute_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return tuple(layer for layer in layers if layer.type in COMPUTE_TYPES and layer.precision in _FLOATING)
 
 
-def check_delivered_precision(record: BuildRecord, *, evidence: Evidence) -> Finding | Failure:
+def excluded_by(lowering: LoweringSpec, nodes: tuple[Layer, ...] = ()) -> Callable[[Layer], bool]:
+    """Whether the spec keeps a layer out of an engine's precision.
+
+    A layer that TensorRT fused, `/a/Conv + /a/Relu`, is excluded where every compute node in it is; where it is not
+    known which of its parts compute, where any part is.
+
+    Args:
+        lowering: exclude_nodes are regular expressions of whole names, exclude_ops operators.
+        nodes: Of the lowered graph, by which an engine's layers are known again; empty where there is none.
+    """
+    patterns = [re.compile(pattern) for pattern in lowering.exclude_nodes]
+
+    def named(name: str) -> bool:
+        return any(pattern.fullmatch(name) for pattern in patterns)
+
+    kept = {each.name for each in nodes if named(each.name) or each.type in lowering.exclude_ops}
+    computing = {each.name for each in nodes if each.type in COMPUTE_TYPES}
+
+    def excluded(layer: Layer) -> bool:
+        if named(layer.name) or layer.type in lowering.exclude_ops:
+            return True
+        parts = [part.strip() for part in layer.name.split(" + ")]
+        if known := [part for part in parts if part in computing]:
+            return all(part in kept for part in known)
+        return any(part in kept or named(part) for part in parts)
+
+    return excluded
+
+
+def check_delivered_precision(
+    record: BuildRecord, *, evidence: Evidence, excluded: Callable[[Layer], bool] = lambda _: False
+) -> Finding | Failure:
     """The share of compute layers in the precision asked for, against the least that its name allows.
 
     Args:
         record: Of the build; its layers as the source lists them.
         evidence: How the list was obtained.
+        excluded: Whether the spec keeps a layer out of the precision; such a layer is named, and does not count.
     """
-    layers = compute_layers(record.layers)
+    if not record.layers and record.layers_source == "inspector":
+        return Failure(
+            check=CHECK,
+            error="MeasurementError",
+            message="the plan does not list its layers' precisions: it was built without detailed profiling",
+            evidence=evidence,
+            hint="Build it with: trtexec --profilingVerbosity=detailed",
+        )
+    found = compute_layers(record.layers)
+    layers = tuple(layer for layer in found if not excluded(layer))
+    left_out = [layer.name for layer in found if excluded(layer)]
+    if left_out and not layers:
+        return Failure(
+            check=CHECK,
+            error="MeasurementError",
+            message=f"the spec excludes every compute layer: {_listed(left_out)}",
+            evidence=evidence,
+            hint=f"Nothing is left to be {record.precision}: exclude less in [engine.lowering].",
+        )
     if not layers:
         what = "has no compute layer" if record.layers else "lists no layer at all"
         return Failure(
@@ -82,7 +134,9 @@ def check_delivered_precision(record: BuildRecord, *, evidence: Evidence) -> Fin
             error="MeasurementError",
             message=f"the engine {what} (source: {record.layers_source}), so its precision is not known",
             evidence=evidence,
-            hint="An engine without a convolution or matrix multiplication has nothing for a precision to speed up.",
+            hint="An engine without a convolution or matrix multiplication has nothing for a precision to speed up."
+            if record.layers
+            else "",
         )
     if record.precision not in AT_LEAST:
         return Failure(
@@ -99,6 +153,8 @@ def check_delivered_precision(record: BuildRecord, *, evidence: Evidence) -> Fin
         named = ", ".join(f"{layer.name} ({layer.type}, {layer.precision})" for layer in others[:_NAMED])
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         detail += f"; not {record.precision}: {named}{more}"
+    if left_out:
+        detail += f"; {len(left_out)} excluded by the spec: {_listed(left_out)}"
     return Finding(
         check=CHECK,
         estimate=share,
@@ -111,3 +167,8 @@ def check_delivered_precision(record: BuildRecord, *, evidence: Evidence) -> Fin
         if share >= AT_LEAST[record.precision]
         else f"The graph is not {record.precision}: look at these layers.",
     )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"

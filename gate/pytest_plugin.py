@@ -458,7 +458,7 @@ def judge(result: EngineResult, name: str, names: tuple[str, ...]) -> Judgement:
         lines += [f"    {line}" for line in failure_lines(finding)]
         lines += [f"    {line}" for line in advice(finding).splitlines()]
         lines.append(f"    {anchor(finding.check)}")
-    lines += [f"    {note}" for note in result.notes]
+    lines += [f"    {note}" for note in (*result.notes, *result.warnings)]
     inconclusive = bool(own) and all(finding.status is Status.INCONCLUSIVE for finding in wrong)
     status = "INCONCLUSIVE" if inconclusive else "FAILED"
     # pytest's summary shows the beginning of the first line, after the status and the engine's name.

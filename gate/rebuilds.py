@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -23,7 +23,7 @@ def build_differences(records: Sequence[BuildRecord], digests: Sequence[str]) ->
         records: Of each build, the sealed one first.
         digests: sha256 of each engine's file, in the same order.
     """
-    told = f"built {len(records)} times: {digests.count(digests[0])} of {len(records)} files have the same bytes"
+    told = f"built {len(records)} times: the files {'are the same' if len(set(digests)) == 1 else 'differ'}"
     first = {layer.name: layer for layer in records[0].layers}
     names = {layer.name for record in records for layer in record.layers}
     changed = sorted(
@@ -34,11 +34,11 @@ def build_differences(records: Sequence[BuildRecord], digests: Sequence[str]) ->
     if changed:
         more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
         told += (
-            f"; {len(changed)} of {len(names)} layers differ in precision, tactic or format, or are not in all of them: "
+            f", {len(changed)} of {len(names)} layers differ in precision, tactic or format, or are not in all of them: "
             f"{', '.join(changed[:_NAMED])}{more}"
         )
     elif names:
-        told += f"; all {len(names)} layers are alike"
+        told += ", its 1 layer is alike" if len(names) == 1 else f", all {len(names)} layers are alike"
     return (told,)
 
 
@@ -85,7 +85,7 @@ def with_spread(findings: list[Finding | Failure], more: list[list[Finding | Fai
             )
         )
     mine = {finding.check for finding in findings}
-    result.extend(each for other in more for each in other if isinstance(each, Failure) and each.check not in mine)
+    result.extend(_joined_failures(more, besides=mine))
     known = {each.check for each in result}
     result.extend(
         Failure(
@@ -97,3 +97,21 @@ def with_spread(findings: list[Finding | Failure], more: list[list[Finding | Fai
         for check in sorted(compared - known)
     )
     return result
+
+
+def _joined_failures(more: list[list[Finding | Failure]], *, besides: set[str]) -> Iterator[Failure]:
+    """What failed in further builds, one Failure for each check, with the numbers of the builds that it failed in."""
+    found: dict[str, list[tuple[int, Failure]]] = {}
+    for number, other in enumerate(more, 2):
+        for each in other:
+            if isinstance(each, Failure) and each.check not in besides:
+                found.setdefault(each.check, []).append((number, each))
+    for failures in found.values():
+        builds: dict[str, list[int]] = {}
+        for number, each in failures:
+            builds.setdefault(each.message, []).append(number)
+        message = "\n".join(
+            f"{'build' if len(numbers) == 1 else 'builds'} {', '.join(map(str, numbers))}: {text}"
+            for text, numbers in builds.items()
+        )
+        yield msgspec.structs.replace(failures[0][1], message=message)

@@ -1,8 +1,9 @@
 """The reference: what the engines are compared with, recorded once and read back batch by batch.
 
-A recording is content-addressed. Its key holds the digest of the weights, the code of the factory and of every
-local module that it loaded, the inputs, and the version of PyTorch. Where the spec names the weight files, a later
-run finds the recording without importing PyTorch.
+A recording is content-addressed. Its key holds the factory's name, the digest of the weights, the code of the factory
+and of every local module that it loaded, that of the installed modules which define the model's layers, what is
+installed, and the inputs. Where the spec names the weight files, a later run finds the recording without importing
+PyTorch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
+import site
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -141,18 +145,20 @@ class ReferenceModel:
             return ModelIdentity(digest, None, "stored outputs", {} if path.is_dir() else {model.outputs: digest})
         declared = {name: file_digest(self._existing("weights", name)) for name in model.weight_files}
         torch_version = _version("torch")
+        environment = _environment_digest()
         title = f"torch {torch_version} fp32{_on_device(model.device)}"
         key = self._cache.entry_key(
             factory=model.factory,
             folder=str(self._file.folder),
             weights=declared,
             torch=torch_version,
-            environment=_environment_digest(),
+            environment=environment,
+            prefix=sys.prefix,
         )
         if declared:
             entry = self._cache.get("model", key)
             if entry is not None:
-                if self._unchanged(entry.meta["depends"]):
+                if self._unchanged({**entry.meta["depends"], **entry.meta["installed"]}):
                     depends = {**entry.meta["depends"], **declared}
                     return ModelIdentity(entry.meta["identity"], entry.meta["weights_sha256"], title, depends)
                 discard(entry.folder)
@@ -165,11 +171,25 @@ class ReferenceModel:
         sources = local_sources(str(model.factory), self._file.folder, self.module, apart=data)
         files = {*sources, *self._read_by_the_factory()}
         depends = {self._relative(path): file_digest(path) for path in sorted(files)}
-        identity = hashlib.sha256(
-            json.dumps([weights, declared, sorted(depends.items()), torch_version], sort_keys=True).encode()
-        ).hexdigest()
+        # By the module's name, not by its path: the same code in another environment is the same model.
+        modules = {
+            name: (path, file_digest(path))
+            for name, path in sorted(_installed_modules(str(model.factory), self.module).items())
+            if path not in files
+        }
+        parts = {
+            "factory": model.factory,
+            "weights": weights,
+            "declared": declared,
+            "depends": depends,
+            "modules": {name: digest for name, (_, digest) in modules.items()},
+            "torch": torch_version,
+            "environment": environment,
+        }
+        identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         if declared:
-            meta = {"identity": identity, "weights_sha256": weights, "depends": depends}
+            installed = {str(path): digest for path, digest in modules.values()}
+            meta = {"identity": identity, "weights_sha256": weights, "depends": depends, "installed": installed}
             self._cache.put("model", key, lambda folder: _write_identity(folder, identity), meta)
         return ModelIdentity(identity, weights, title, {**depends, **declared})
 
@@ -210,6 +230,32 @@ class ReferenceModel:
         from gate.engines.torch.runner import TorchRunner
 
         return TorchRunner(self.module, spec=self._file.spec, device=model.device)
+
+
+def _installed_modules(factory: str, model: Any) -> dict[str, Path]:
+    """The file of each module that defines the factory or the class of a layer, by the module's name.
+
+    PyTorch and the standard library are left out: their versions stand for them. What is not installed is left out,
+    too: `gate.factory.local_sources` has it.
+
+    Args:
+        factory: `module:function`.
+        model: What the factory returned.
+    """
+    layers = model.modules() if callable(getattr(model, "modules", None)) else ()
+    classes = {cls for layer in (model, *layers) for cls in type(layer).__mro__}
+    names = {factory.partition(":")[0], *(cls.__module__ for cls in classes)}
+    folders = [folder.resolve() for folder in _package_folders()]
+    found: dict[str, Path] = {}
+    for name in names:
+        top = name.partition(".")[0]
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if top == "torch" or top in sys.stdlib_module_names or not isinstance(file, str):
+            continue
+        path = Path(file).resolve()
+        if path.is_file() and any(path.is_relative_to(folder) for folder in folders):
+            found[name] = path
+    return found
 
 
 def _on_device(device: str) -> str:
@@ -521,9 +567,11 @@ def read_recording(folder: Path, *, file: SpecFile, digest: DataDigest) -> tuple
             f"was recorded for other samples ({meta['inputs_sha256'][:12]}…, here are {digest.inputs_sha256[:12]}…)",
             where=where,
         )
-    if meta["spec_model"] != _model_fields(file):
+    if differences := _differences(meta["spec_model"], _model_fields(file)):
         raise DataError(
-            "was recorded for another [model] than the spec's", where=where, hint=f"gate record {file.path} -o DIR"
+            f"was recorded for another [model] than the spec's: {'; '.join(differences)}",
+            where=where,
+            hint=f"Record it again: gate record {file.path} -o DIR",
         )
     for name, expected in meta["depends"].items():
         path = file.folder / name
@@ -636,9 +684,35 @@ def _recording_digest(raw: Mapping[str, Any]) -> str:
 
 
 def _model_fields(file: SpecFile) -> dict[str, Any]:
+    """What a recording depends on of [model]: which model, and, where the gate exports it, how."""
     model = file.spec.model
-    fields = {"id": model.id, "factory": model.factory, "onnx": model.onnx, "output_names": list(model.output_names)}
+    fields: dict[str, Any] = {
+        "id": model.id,
+        "factory": model.factory,
+        "onnx": model.onnx,
+        "output_names": list(model.output_names),
+    }
+    if model.factory is not None:
+        fields |= {"opset": model.opset, "exporter": list(model.exporter), "simplify": model.simplify}
     return fields if model.device == "cpu" else {**fields, "device": model.device}
+
+
+def _differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Where a recording's [model] differs from the spec's; a key that the recording does not have differs, too."""
+    return [
+        f"recorded {_said(recorded, key)}, the spec says {_told(asked[key]) if key in asked else 'nothing'}"
+        for key in sorted({*recorded, *asked})
+        if key not in recorded or key not in asked or recorded[key] != asked[key]
+    ]
+
+
+def _said(fields: Mapping[str, Any], key: str) -> str:
+    return f"with {key} {_told(fields[key])}" if key in fields else f"without its {key}"
+
+
+def _told(value: object) -> str:
+    """A value as a spec has it, and a word for none."""
+    return "none" if value is None else json.dumps(value)
 
 
 def file_digest(path: Path) -> str:
@@ -683,11 +757,18 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
+def _package_folders() -> tuple[Path, ...]:
+    """The folders that packages are installed in."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return tuple(dict.fromkeys(map(Path, folders)))
+
+
 def _environment_digest() -> str:
-    """Names and versions of everything installed, from the folder names alone."""
-    names: set[str] = set()
-    for key in ("purelib", "platlib"):
-        folder = Path(sysconfig.get_path(key))
+    """Python's version and names and versions of everything installed, from the folder names alone."""
+    names = {f"python {platform.python_version()}"}
+    for folder in _package_folders():
         if folder.is_dir():
             names.update(each.name for each in folder.iterdir() if each.name.endswith((".dist-info", ".egg-info")))
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()

@@ -156,6 +156,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         onnx_opset, calibration_sha256: Of the graph that it was built from.
         lowering: How that graph was made, with the precision of each node; None where it was not lowered here.
         notes: Sentences for the reader: defaults that applied, likely causes.
+        warnings: What a reader must see even where it passed: too few calibration samples, another scale, outliers.
     """
 
     name: str
@@ -179,6 +180,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     lowering: LoweringRecord | None = None
     reused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def status(self) -> Status | None:
@@ -203,7 +205,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     Args:
         spec_sha256: Of the spec's bytes.
         data_sha256: Of every evaluation sample and label, in order.
-        reference_sha256: Key of the reference: weights, code, inputs, torch version.
+        reference_sha256: Key of the reference: factory, weights, code, what is installed, inputs.
         reference: For a reader, such as `torch 2.13.0 fp32 (recorded 3a1f…, reused)`.
         git: Commit of the spec's folder, with `-dirty` appended where it has changes; None outside a checkout.
     """

@@ -555,7 +555,9 @@ def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str,
         name = unknown.group(1)
         valid = sorted(_valid_keys(typed))
         line = line_of(text, (*key, name))
-        return SpecError(f"{_table(key)} has no key {name!r}{_did_you_mean(name, valid)}", where=f"{path}:{line}")
+        belongs = _elsewhere(typed, name)
+        meant = f"; it belongs into {belongs}" if belongs else _did_you_mean(name, valid)
+        return SpecError(f"{_table(key)} has no key {name!r}{meant}", where=f"{path}:{line}")
     missing = re.search(r"missing required field `(.*?)`", message)
     if missing:
         return SpecError(f"{_table(key)} needs {missing.group(1)!r}", where=f"{path}:{line_of(text, key)}")
@@ -570,10 +572,21 @@ def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str,
     if enum and key:
         choices = sorted(str(choice) for choice in _choices(typed))
         message = f"must be {choices[0]}" if len(choices) == 1 else f"must be one of {', '.join(choices)}"
-        near = difflib.get_close_matches(str(got), choices, n=1, cutoff=0.55)
+        near = [] if key[-1] == "precision" else difflib.get_close_matches(str(got), choices, n=1, cutoff=0.55)
         shown += f"; did you mean {near[0]!r}?" if near else ""
     name = ".".join(str(part) for part in key[-1:])
     return SpecError(f"{_table(key[:-1])} {name}: {message}{shown}", where=f"{path}:{line_of(text, key)}")
+
+
+def _elsewhere(key: KeyPath, name: str) -> str | None:
+    """The table of the same engine that has a key of this name; None where there is none, or it is no engine's table."""
+    if key[:1] != ("engine",):
+        return None
+    tables = {(): EngineSpec, ("options",): EngineOptions, ("lowering",): LoweringSpec}
+    for path, table in tables.items():
+        if name in table.__struct_fields__ and key[2:] != path:
+            return _table(("engine", *path)) if path else "[[engine]]"
+    return None
 
 
 def _did_you_mean(name: str, valid: list[str]) -> str:
@@ -612,7 +625,8 @@ def _named_key(key: KeyPath, raw: Any) -> KeyPath:
 
 def _python_type(node: Any) -> Any:
     """The Python type of the values of a dict node."""
-    return getattr(node.value_type, "cls", object)
+    values = getattr(node.value_type, "values", None)
+    return Literal[tuple(values)] if values else getattr(node.value_type, "cls", object)
 
 
 def _table(key: KeyPath) -> str:
@@ -848,8 +862,12 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
     if engine.precision in QUANTIZED and not engine.brings_scales and spec.data.calibration is None:
         yield (
             ("precision",),
-            f'{engine.precision} needs calibration samples: add calibration = "module:function" to [data], or, where the '
-            'model carries Q/DQ from training, lowering = { tool = "none" }',
+            f'{engine.precision} needs calibration samples: add calibration = "module:function" to [data]'
+            + (
+                ""
+                if engine.options.typing == "weak"
+                else ', or, where the model carries Q/DQ from training, lowering = { tool = "none" }'
+            ),
         )
     if engine.plan is not None and engine.rebuilds > 1:
         yield ("rebuilds",), "a plan that exists already is not built, so it cannot be built again"
@@ -917,6 +935,11 @@ def _option_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
             yield ("options", key), f"{key} is for int8, the precision is {engine.precision}"
     if options.typing == "weak" and engine.precision == "fp8":
         yield ("options", "typing"), "fp8 is explicit Q/DQ: it has no weak typing"
+    if options.timing_cache is not None and engine.rebuilds > 1:
+        yield (
+            ("options", "timing_cache"),
+            "timing_cache makes every build choose what the first one chose, so rebuilds would show no spread",
+        )
     if options.tf32 is not None and engine.precision in ("fp32", "tf32"):
         yield (
             ("options", "tf32"),

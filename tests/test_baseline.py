@@ -263,10 +263,61 @@ def test_version_families():
 
 def test_devices(run):
     gpu = msgspec.structs.replace(run.device, kind="gpu", name="NVIDIA H200", compute_capability="9.0")
-    assert device_of("onnxruntime", gpu) == "cpu"
-    assert device_of("tensorrt", gpu) == "sm90"
-    with pytest.raises(BaselineError, match="the fingerprint names none"):
-        device_of("tensorrt", run.device)
+    for backend in ("onnxruntime", "torch"):
+        assert device_of(backend, Evidence.HOST, gpu) == "cpu"
+        assert device_of(backend, Evidence.HOST, run.device) == "cpu"
+        assert device_of(backend, Evidence.DEVICE, gpu) == "sm90"
+    assert device_of("tensorrt", Evidence.DEVICE, gpu) == "sm90"
+    assert device_of("tensorrt_rtx", Evidence.PREFLIGHT, gpu) == "sm90"
+    assert device_of("onnxruntime", Evidence.PREFLIGHT, gpu) == "cpu"
+    for backend in ("onnxruntime", "torch", "tensorrt"):
+        with pytest.raises(BaselineError, match="the fingerprint names none"):
+            device_of(backend, Evidence.DEVICE, run.device)
+
+
+def as_backend(result, backend, evidence):
+    return msgspec.structs.replace(
+        result,
+        backend=backend,
+        evidence=evidence,
+        build=msgspec.structs.replace(result.build, backend=backend, backend_version="2.13.0"),
+    )
+
+
+def test_an_engine_of_torch_on_the_cpu_has_a_baseline_there(run, result, tmp_path):
+    torch = as_backend(result, "torch", Evidence.HOST)
+    again = msgspec.structs.replace(run, engines=(torch,))
+    done = accept(again, root=tmp_path, who="a", when=WHEN, why="b")
+    assert done.accepted[0].path.name == "cpu.json"
+    assert baseline_bytes(
+        msgspec.structs.replace(torch, baseline_sha256=done.accepted[0].baseline.digest), run=again, root=tmp_path
+    )
+
+
+def test_a_cuda_provider_is_not_compared_with_the_baseline_of_the_cpu(run, result, file, tmp_path, path):
+    gpu = msgspec.structs.replace(run.device, kind="gpu", name="NVIDIA H200", compute_capability="9.0")
+    cuda = msgspec.structs.replace(result, evidence=Evidence.DEVICE)
+    found = check_against_baseline(
+        cuda,
+        engine=file.engine(result.name),
+        file=file,
+        root=tmp_path,
+        samples=run.samples,
+        data_sha256=run.provenance.data_sha256,
+        evidence=Evidence.DEVICE,
+        fingerprint=gpu,
+    )
+    assert "sm90.json: there is no accepted baseline" in found.findings[0].message
+
+
+def test_accept_skips_what_cannot_have_a_baseline_and_takes_the_others(run, result, tmp_path):
+    lost = msgspec.structs.replace(as_backend(result, "torch", Evidence.DEVICE), name="lost")
+    again = msgspec.structs.replace(run, engines=(lost, result))
+    done = accept(again, root=tmp_path, who="a", when=WHEN, why="b")
+    assert [each.engine for each in done.accepted] == ["ort-fp16"]
+    assert [(each.engine, each.reason) for each in done.skipped] == [
+        ("lost", "backend 'torch' runs on a GPU, and the fingerprint names none")
+    ]
 
 
 @pytest.mark.parametrize("name", ["../x", "", ".", "..", "a/b", "a\n", "-x"])

@@ -62,6 +62,12 @@ def test_the_key_depends_on_every_part_and_not_on_their_order(parts):
     assert Cache.entry_key(**parts) != Cache.entry_key(**{**parts, name: [value]})
 
 
+def test_another_version_of_the_gate_reuses_nothing(monkeypatch):
+    before = Cache.entry_key(weights="w")
+    monkeypatch.setattr("gate.__version__", "99.0")
+    assert Cache.entry_key(weights="w") != before
+
+
 def test_a_part_that_is_not_finite_makes_no_key():
     with pytest.raises(BundleError, match="cannot be written as JSON"):
         Cache.entry_key(limit=float("nan"))

@@ -14,10 +14,11 @@ from gate.calibration import (
     InputStats,
     add_inputs,
     calibration_notes,
+    calibration_warnings,
     range_of,
     scale_notes,
 )
-from gate.engines.interface import TensorRange
+from gate.engines.interface import CalibrationRecord, TensorRange
 
 RNG = np.random.default_rng(0)
 FLOATS = st.floats(-1e6, 1e6, width=32)
@@ -203,3 +204,36 @@ def test_scale_that_cannot_be_compared_is_said(ours, theirs, where):
     assert scale_notes(ours, theirs) == (
         f"input 'image' has no finite values in the {where} data: its scale was not compared",
     )
+
+
+def record(images):
+    stats = ActivationStats()
+    stats.add(images)
+    bound = stats.max_abs
+    ranges = (range_of("image", low=-bound, high=bound, stats=stats),)
+    return CalibrationRecord(
+        method="minmax", samples=100, sha256="0" * 64, ranges=ranges, notes=calibration_notes(ranges, samples=100)
+    )
+
+
+def test_one_outlier_is_told_once_and_not_as_another_scale():
+    spoiled = IMAGES.copy()
+    spoiled[0, 0] = 20.0
+    scales = scale_notes(inputs_of(spoiled), inputs_of(IMAGES))
+    assert "larger in range than" in scales[0]
+    (told,) = calibration_warnings(record(spoiled), scales)
+    assert told.startswith("a few values take most of the range of 1 tensor: image")
+
+
+def test_another_scale_is_told_beside_outliers():
+    spoiled = IMAGES * 255
+    spoiled[0, 0] = 1e5
+    scales = scale_notes(inputs_of(spoiled), inputs_of(IMAGES))
+    assert calibration_warnings(record(spoiled), scales) == (*record(spoiled).notes, *scales)
+    centred = scale_notes(inputs_of(IMAGES * 2 - 1), inputs_of(IMAGES))
+    assert calibration_warnings(record(IMAGES), centred) == centred
+
+
+def test_another_scale_is_told_where_the_record_is_not_known():
+    assert calibration_warnings(None, ("input 'x' is of another scale",)) == ("input 'x' is of another scale",)
+    assert calibration_warnings(None) == ()

@@ -302,3 +302,16 @@ def test_revision_of_a_changed_checkout_says_so(checkout):
 
 def test_folder_outside_a_checkout_has_no_revision(tmp_path):
     assert device.git_revision(tmp_path) is None
+
+
+@pytest.mark.skipif(device.gpu() is not None, reason="there is a driver here")
+def test_without_a_driver_there_is_no_context():
+    assert device.open_context() is False
+
+
+@pytest.mark.gpu
+def test_the_context_is_opened_once_and_its_memory_is_not_counted_again():
+    assert device.open_context() is True
+    before = device.device_memory_used_bytes()
+    assert device.open_context() is True
+    assert device.device_memory_used_bytes() == before

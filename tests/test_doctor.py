@@ -386,3 +386,26 @@ def test_latency_on_the_device_needs_clocks_and_its_memory_budget_needs_nvml():
     found = needs(engine)
     assert {"clocks", "nvml"} <= found.lines.keys()
     assert found.device_peak_mib == 512
+
+
+def test_engines_that_are_all_optional_and_cannot_run_are_not_well():
+    asked = needs(TRT + "\noptional = true")
+    assert asked.lines == {}
+    found = examine(without_gpu(), asked)
+    assert not found.ok
+    assert found.summary.startswith("none of the spec's engines can run here, all of them optional: trt lacks ")
+    assert examine(on_h200(), asked).ok
+
+
+def test_one_optional_engine_that_can_run_is_enough():
+    asked = needs(TRT + "\noptional = true", ORT + "\noptional = true")
+    assert examine(without_gpu(), asked).ok
+
+
+def test_a_reference_on_the_gpu_needs_pytorch_for_cuda():
+    text = SPEC.replace('factory = "', 'device = "cuda"\nfactory = "')
+    text += f"[[engine]]\n{ORT}\n[engine.parity]\n"
+    spec = spec_from_text(text, path=Path("gate.toml")).spec
+    assert "torch.cuda" in needs_of(spec).lines
+    assert "torch.cuda" not in needs_of(spec, recorded=True).lines
+    assert not examine(without_gpu(), needs_of(spec)).ok

@@ -8,6 +8,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from gate.cli.main import main
 from gate.engines.onnxruntime import OnnxRuntimeRunner
 from gate.errors import ExportError
 from gate.export import exporter_version, onnx_from_torch, verify_export
@@ -265,3 +266,80 @@ def test_batch_that_was_baked_in_is_found_by_another_batch(tmp_path):
 def test_version_for_the_cache_names_torch_and_onnx():
     assert f"torch {torch.__version__}" in exporter_version()
     assert f"onnx {onnx.__version__}" in exporter_version()
+
+
+QUANTISED = """
+import torch
+
+
+class Quantised(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)])
+
+    def forward(self, input):
+        quantised = torch.fake_quantize_per_tensor_affine
+        for layer in self.layers:
+            weight = quantised(layer.weight, 0.03, 0, -128, 127)
+            input = torch.nn.functional.linear(quantised(input, 0.02, 0, -128, 127), weight, layer.bias)
+        return input
+
+
+def load():
+    return Quantised().eval()
+"""
+
+QUANTISED_DATA = """
+import numpy as np
+
+
+def evaluation():
+    return {"input": np.random.default_rng(0).standard_normal((32, 64), dtype=np.float32)}
+"""
+
+QUANTISED_SPEC = """schema = 1
+
+[model]
+id = "trained-quantised"
+factory = "model:load"
+exporter = ["torchscript"]
+
+[inputs.input]
+dtype = "float32"
+shape = ["batch", 64]
+batch = { min = 1, opt = 4, max = 16 }
+
+[data]
+source = "data:evaluation"
+samples = 32
+
+[[engine]]
+name = "int8"
+backend = "onnxruntime"
+precision = "int8"
+lowering = { tool = "none" }
+  [engine.parity]
+  top1_agreement_at_least = 0.5
+"""
+
+
+def test_a_model_of_quantisation_aware_training_passes_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("model.py", QUANTISED), ("data.py", QUANTISED_DATA), ("gate.toml", QUANTISED_SPEC)):
+        (tmp_path / name).write_text(text)
+    assert main(["check", "gate.toml", "--verbose"]) == 0, capsys.readouterr()
+    shown = capsys.readouterr().out
+    assert "PASSED        build.delivered_precision: 1" in shown
+    assert "2 of 2 compute nodes are int8" in shown
+
+
+class Unsupported(nn.Module):
+    def forward(self, image):
+        return torch.special.bessel_j0(image)
+
+
+def test_what_an_exporter_prints_natively_does_not_come_out(tmp_path, capfd):
+    with pytest.raises(ExportError, match="no exporter could make an ONNX file"):
+        onnx_from_torch(Unsupported().eval(), spec=make_spec(exporter=["torchscript"]), out=tmp_path / "m.onnx")
+    assert capfd.readouterr() == ("", "")

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 from jsonschema import Draft202012Validator
 
+from gate.engines.interface import CalibrationRecord, Layer, LoweringRecord, TensorRange
 from gate.errors import BundleError, VerificationError
 from gate.manifest import FileDigest, pretty_json
-from gate.metadata import metadata_bytes, metadata_from_bytes, metadata_of, metadata_schema
+from gate.metadata import contradictions, metadata_bytes, metadata_from_bytes, metadata_of, metadata_schema
 from gate.results import run_from_builtins
 
 DATA = Path(__file__).parent / "data"
@@ -159,3 +160,48 @@ def test_each_top_level_key_is_needed(raw):
     for key in set(raw) - {"schema_version"}:
         with pytest.raises(VerificationError, match=f"'{key}' is a required property"):
             metadata_from_bytes(pretty_json({k: v for k, v in raw.items() if k != key}), where="x")
+
+
+CALIBRATION = CalibrationRecord(
+    tool="onnxruntime 1.31.1",
+    method="percentile",
+    percentile=99.999,
+    samples=4,
+    sha256="b" * 64,
+    ranges=(TensorRange(name="/a", low=-1.0, high=1.0),),
+    notes=("calibrated on 4 samples",),
+)
+
+
+def quantised(run, precision="fp16"):
+    lowering = LoweringRecord(
+        precision=precision,
+        tool="quantize_static",
+        tool_version="1.31.1",
+        opset=17,
+        layers=(Layer("/a", "Conv", "int8"),),
+        calibration=CALIBRATION,
+        notes=("1 node stays",),
+    )
+    return msgspec.structs.replace(run.engines[0], lowering=lowering, warnings=("calibrated on 4 samples",))
+
+
+def test_it_says_how_the_graph_was_quantised_and_what_to_be_warned_of(run):
+    metadata = metadata_of(run, quantised(run), FILES)
+    assert metadata.lowering.calibration == CALIBRATION
+    assert metadata.warnings == ("calibrated on 4 samples",)
+    raw = json.loads(metadata_bytes(metadata))
+    assert raw["lowering"]["calibration"]["percentile"] == 99.999
+    assert set(raw["lowering"]) == {"precision", "tool", "tool_version", "opset", "calibration", "notes"}
+    assert metadata_from_bytes(metadata_bytes(metadata), where="x") == metadata
+    assert [*contradictions(metadata, None)] == ["latency and its raw numbers do not come together"]
+
+
+def test_an_engine_that_was_not_lowered_says_null(raw):
+    assert raw["lowering"] is None
+    assert raw["warnings"] == []
+
+
+def test_lowering_of_another_precision_contradicts(run):
+    found = [*contradictions(metadata_of(run, quantised(run, "int8"), FILES), None)]
+    assert "lowering.precision is 'int8', precision is 'fp16'" in found

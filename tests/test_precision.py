@@ -1,9 +1,15 @@
 """Whether the layers got the precision that was asked for."""
 
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from gate.engines.interface import BuildRecord, Layer
-from gate.precision import check_delivered_precision, compute_layers
+from gate.precision import check_delivered_precision, compute_layers, excluded_by
+from gate.spec import LoweringSpec, read_spec
+from gate.steps.judge import _build_findings
+from gate.steps.make import Made
 from gate.verdict import Evidence, Failure, Finding, Status
 
 
@@ -68,3 +74,81 @@ def test_index_arithmetic_does_not_count():
     assert isinstance(found, Finding)
     assert (found.n, found.estimate) == (1, 1.0)
     assert len(compute_layers(record("fp16", ("MatMul", "int64")).layers)) == 0
+
+
+NODES = tuple(
+    Layer(name, kind, "fp16")
+    for name, kind in [("/a/Conv", "Conv"), ("/a/Relu", "Relu"), ("/b/Conv", "Conv"), ("/head/Gemm", "Gemm")]
+)
+
+
+def check_excluding(layers, nodes=NODES, **lowering):
+    built = msgspec.structs.replace(record("fp16"), layers=tuple(Layer(*each) for each in layers))
+    excluded = excluded_by(LoweringSpec(**lowering), nodes)
+    return check_delivered_precision(built, evidence=Evidence.PREFLIGHT, excluded=excluded)
+
+
+FOUR = [("/a/Conv", "Conv", "fp16"), ("/b/Conv", "Conv", "fp16"), ("/c/Conv", "Conv", "fp16")]
+
+
+@pytest.mark.parametrize("lowering", [{"exclude_nodes": ("/head/.*",)}, {"exclude_ops": ("Gemm",)}])
+def test_a_node_that_the_spec_excludes_does_not_count_and_is_named(lowering):
+    found = check_excluding([*FOUR, ("/head/Gemm", "Gemm", "fp32")], **lowering)
+    assert (found.status, found.estimate, found.n) == (Status.PASSED, 1.0, 3)
+    assert found.detail.endswith("; 1 excluded by the spec: /head/Gemm")
+
+
+def test_another_node_than_the_excluded_one_still_fails():
+    layers = [("/a/Conv", "Conv", "fp32"), *FOUR[1:], ("/head/Gemm", "Gemm", "fp32")]
+    found = check_excluding(layers, exclude_nodes=("/head/Gemm",))
+    assert found.status is Status.FAILED
+    assert "not fp16: /a/Conv (Conv, fp32); 1 excluded by the spec: /head/Gemm" in found.detail
+
+
+def test_a_whole_name_must_match():
+    found = check_excluding([*FOUR, ("/head/Gemm", "Gemm", "fp32")], exclude_nodes=("/head", "Gemm"))
+    assert found.status is Status.FAILED
+
+
+def test_what_excludes_every_compute_layer_is_a_failure():
+    found = check_excluding(FOUR, exclude_nodes=(".*",))
+    assert isinstance(found, Failure)
+    assert found.message == "the spec excludes every compute layer: /a/Conv, /b/Conv, /c/Conv"
+
+
+@pytest.mark.parametrize(
+    ("name", "lowering", "counts"),
+    [
+        ("/a/Conv + /a/Relu", {"exclude_nodes": ("/a/Conv",)}, False),
+        ("/a/Conv + /a/Relu", {"exclude_ops": ("Conv",)}, False),
+        ("/a/Conv + /a/Relu", {"exclude_nodes": ("/a/Relu",)}, True),
+        ("/a/Conv + /b/Conv", {"exclude_nodes": ("/a/Conv",)}, True),
+        ("/a/Conv + /b/Conv", {"exclude_nodes": ("/[ab]/Conv",)}, False),
+        ("/other/Conv + /head/Gemm", {"exclude_ops": ("Gemm",)}, False),
+    ],
+)
+def test_a_fused_layer_is_excluded_where_what_computes_in_it_is(name, lowering, counts):
+    found = check_excluding([(name, "CaskConvolution", "fp32"), ("/c/Conv", "CaskConvolution", "fp16")], **lowering)
+    assert found.n == (2 if counts else 1)
+
+
+def test_a_fused_layer_of_a_graph_that_is_not_known_is_excluded_by_any_part():
+    fused = [("/a/Conv + /a/Relu", "CaskConvolution", "fp32"), ("/c/Conv", "CaskConvolution", "fp16")]
+    assert check_excluding(fused, nodes=(), exclude_nodes=("/a/Conv",)).n == 1
+
+
+def test_a_plan_without_detailed_profiling_says_so():
+    built = msgspec.structs.replace(record("fp16"), layers_source="inspector")
+    found = check_delivered_precision(built, evidence=Evidence.PREFLIGHT)
+    assert isinstance(found, Failure)
+    assert found.message == ("the plan does not list its layers' precisions: it was built without detailed profiling")
+    assert "trtexec --profilingVerbosity=detailed" in found.hint
+
+
+def test_a_plan_of_the_teams_own_that_lists_no_layer_has_that_finding():
+    file = read_spec(Path(__file__).parent / "data" / "sealed.toml")
+    engine = msgspec.structs.replace(file.spec.engines[0], backend="tensorrt", plan="model.plan")
+    built = msgspec.structs.replace(record("fp16"), layers_source="inspector")
+    made = Made(Path("model.plan"), "0" * 64, built, None, None, ())
+    (found,) = _build_findings(engine, made, 1, file=file)
+    assert "without detailed profiling" in found.message

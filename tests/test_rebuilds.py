@@ -6,7 +6,7 @@ import pytest
 
 from gate.engines.interface import BuildRecord, Layer
 from gate.rebuilds import build_differences, with_spread
-from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status
+from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict
 
 
 def finding(value, check="parity.rel_rmse", limit=0.01, **more):
@@ -79,6 +79,16 @@ def test_a_build_that_fails_is_a_failure_beside_the_checks_that_it_lacks():
     assert all(isinstance(each, Failure) for each in merged)
 
 
+def test_a_check_that_fails_in_two_further_builds_is_one_failure_with_their_numbers():
+    alike = with_spread([finding(0.002)], [[failure("parity")], [failure("parity")]])
+    assert [each.check for each in alike] == ["parity.rel_rmse", "parity"]
+    assert alike[1].message == "builds 2, 3: it broke"
+    other = Failure(check="parity", error="RunError", message="it is gone", evidence=Evidence.DEVICE)
+    differing = with_spread([finding(0.002)], [[failure("parity")], [other]])
+    assert differing[1].message == "build 2: it broke\nbuild 3: it is gone"
+    assert Verdict(findings=tuple(differing)).status is Status.FAILED
+
+
 def test_latency_and_memory_are_those_of_the_first_build():
     latency = finding(1.0, check="latency.p50_ms", limit=2.0)
     assert with_spread([latency, finding(0.002)], [[finding(0.002)]])[0] == latency
@@ -93,13 +103,18 @@ def test_intervals_of_statistics_are_joined_too():
 def test_builds_that_are_alike_say_so():
     same = record(Layer("a", "CONVOLUTION", "fp16", "t1", "f"))
     assert build_differences([same, same], ["d", "d"]) == (
-        "built 2 times: 2 of 2 files have the same bytes; all 1 layers are alike",
+        "built 2 times: the files are the same, its 1 layer is alike",
     )
+
+
+def test_files_may_differ_where_the_layers_are_alike():
+    same = record(*(Layer(name, "CONVOLUTION", "fp16", "t1", "f") for name in "abcdef"))
+    assert build_differences([same, same], ["d", "e"]) == ("built 2 times: the files differ, all 6 layers are alike",)
 
 
 def test_layers_that_differ_between_builds_are_named():
     first = record(Layer("a", "CONVOLUTION", "fp16", "t1", "f"), Layer("b", "CONVOLUTION", "fp16", "t1", "f"))
     other = record(Layer("a", "CONVOLUTION", "fp32", "t2", "f"), Layer("c", "CONVOLUTION", "fp16", "t1", "f"))
     (told,) = build_differences([first, other], ["d", "e"])
-    assert told.startswith("built 2 times: 1 of 2 files have the same bytes; 3 of 3 layers differ")
+    assert told.startswith("built 2 times: the files differ, 3 of 3 layers differ")
     assert told.endswith(": a, b, c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,19 @@ import numpy as np
 import pytest
 
 from gate.cache import Cache
-from gate.data.samples import ArraySource, Samples, digest_of
+from gate.data.samples import ArraySource, DataDigest, Samples, digest_of
 from gate.errors import DataError, RunError, SpecError
-from gate.reference import Recording, ReferenceModel, onnx_digest, read_recording, record
+from gate.reference import (
+    RECORDING,
+    ModelIdentity,
+    Recording,
+    ReferenceModel,
+    _recording_digest,
+    onnx_digest,
+    read_recording,
+    record,
+    write_recording,
+)
 from gate.spec import SpecFile, read_spec
 
 SPEC = """schema = 1
@@ -119,6 +130,76 @@ print(again.reused, again.sha256)
     assert sha256 != first.sha256
 
 
+def test_another_factory_of_the_same_module_is_another_model(file: SpecFile, tmp_path: Path) -> None:
+    (file.folder / "model.py").write_text(
+        MODEL
+        + "\n\nclass Doubled(torch.nn.Linear):\n    def forward(self, x):\n        return 2 * super().forward(x)\n"
+        "\ndef doubled():\n    net = load()\n    net.__class__ = Doubled\n    return net\n"
+    )
+    cache = Cache(tmp_path / "cache")
+    first = recorded(file, cache)
+    file.path.write_text(file.text.replace("model:load", "model:doubled"))
+    second = recorded(read_spec(file.path), cache)
+    assert not second.reused
+    assert second.sha256 != first.sha256
+    one, two = (np.concatenate([each["output"] for each in found.batches()]) for found in (first, second))
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
+
+
+class Installed:
+    """A library in a folder of installed packages, whose class the project's model is, and runs in new processes."""
+
+    def __init__(self, file: SpecFile, folder: Path) -> None:
+        self.file = file
+        self.cache = folder / "cache"
+        self.site = folder / "site"
+        (self.site / "netlib").mkdir(parents=True)
+        (self.site / "netlib/__init__.py").touch()
+        (self.site / "netlib-1.0.dist-info").mkdir()
+        self.write(1.0)
+        (file.folder / "model.py").write_text("from netlib.nets import make as load\n")
+
+    def write(self, factor: float) -> None:
+        (self.site / "netlib/nets.py").write_text(
+            "import torch\n\nclass Net(torch.nn.Linear):\n    def forward(self, x):\n"
+            f"        return {factor} * super().forward(x)\n\ndef make():\n    torch.manual_seed(0)\n    return Net(4, 3).eval()\n"
+        )
+
+    def recorded(self) -> tuple[bool, str, str]:
+        """Whether a check in a new process reuses the recording, the recording's key, and the model's identity."""
+        script = f"""
+import site, sys
+before = site.getsitepackages()
+site.getsitepackages = lambda: [*before, {str(self.site)!r}]
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(self.site)!r}]
+from pathlib import Path
+from gate.cache import Cache
+from gate.reference import ReferenceModel
+from gate.spec import read_spec
+from tests.test_reference import recorded
+file, cache = read_spec(Path({str(self.file.path)!r})), Cache(Path({str(self.cache)!r}))
+found = recorded(file, cache)
+print(found.reused, found.sha256, ReferenceModel(file, cache).identity().sha256)
+"""
+        done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True, check=True)
+        reused, key, identity = done.stdout.split()
+        return reused == "True", key, identity
+
+
+def test_a_change_of_an_installed_library_that_defines_the_model_is_noticed(file: SpecFile, tmp_path: Path) -> None:
+    library = Installed(file, tmp_path)
+    first = library.recorded()
+    assert library.recorded() == (True, *first[1:])
+    library.write(2.0)
+    in_place = library.recorded()
+    assert not in_place[0]
+    (library.site / "netlib-1.0.dist-info").rename(library.site / "netlib-1.1.dist-info")
+    upgraded = library.recorded()
+    assert not upgraded[0]
+    assert len({each[1] for each in (first, in_place, upgraded)}) == 3
+    assert len({each[2] for each in (first, in_place, upgraded)}) == 3
+
+
 def test_a_second_run_does_not_import_torch(file: SpecFile, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     recorded(file, cache)
@@ -184,6 +265,69 @@ def test_a_folder_that_is_no_recording_is_an_error(file: SpecFile, tmp_path: Pat
     digest = digest_of(ArraySource(Samples({"x": VALUES}), 10), inputs=file.spec.inputs, batch=4, where="")
     with pytest.raises(DataError, match="is no recording"):
         read_recording(tmp_path, file=file, digest=digest)
+
+
+def written(file: SpecFile, tmp_path: Path, folder: Path) -> DataDigest:
+    """A recording of a project in a folder, as `gate record` writes it, and the digest of its samples."""
+    digest = digest_of(ArraySource(Samples({"x": VALUES}), 10), inputs=file.spec.inputs, batch=4, where="")
+    cache = Cache(tmp_path / "cache")
+    identity = ReferenceModel(file, cache).identity()
+    folder.mkdir()
+    write_recording(recorded(file, cache), folder, file=file, identity=identity, digest=digest, graphs={})
+    return digest
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("opset = 17", "recorded with opset 18, the spec says 17"),
+        ("simplify = true", "recorded with simplify false, the spec says true"),
+        (
+            'exporter = ["torchscript"]',
+            r'recorded with exporter \["dynamo", "torchscript"\], the spec says \["torchscript"\]',
+        ),
+        ('device = "cuda"', 'recorded without its device, the spec says "cuda"'),
+    ],
+)
+def test_a_recording_of_another_export_than_the_spec_asks_for_is_refused(
+    file: SpecFile, tmp_path: Path, line: str, message: str
+) -> None:
+    digest = written(file, tmp_path, tmp_path / "recorded")
+    assert read_recording(tmp_path / "recorded", file=file, digest=digest)[0].reused
+    file.path.write_text(file.text.replace("[inputs.x]", f"{line}\n[inputs.x]"))
+    with pytest.raises(DataError, match=f"(?s)another \\[model\\] than the spec's: {message}.*gate record"):
+        read_recording(tmp_path / "recorded", file=read_spec(file.path), digest=digest)
+
+
+def test_a_recording_that_does_not_say_how_it_was_exported_is_refused(file: SpecFile, tmp_path: Path) -> None:
+    folder = tmp_path / "recorded"
+    digest = written(file, tmp_path, folder)
+    raw = json.loads((folder / RECORDING).read_text())
+    del raw["meta"]["spec_model"]["opset"]
+    raw["digest"] = _recording_digest(raw)
+    (folder / RECORDING).write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="(?s)recorded without its opset, the spec says 18.*gate record"):
+        read_recording(folder, file=file, digest=digest)
+
+
+def test_a_recording_is_read_where_the_library_of_its_model_is_not_installed(file: SpecFile, tmp_path: Path) -> None:
+    library = Installed(file, tmp_path)
+    script = f"""
+import site, sys
+before = site.getsitepackages()
+site.getsitepackages = lambda: [*before, {str(library.site)!r}]
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(library.site)!r}]
+from pathlib import Path
+from gate.spec import read_spec
+from tests.test_reference import written
+written(read_spec(Path({str(file.path)!r})), Path({str(tmp_path)!r}), Path({str(tmp_path / "recorded")!r}))
+"""
+    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    library.write(2.0)  # as another machine may have another one
+    digest = digest_of(ArraySource(Samples({"x": VALUES}), 10), inputs=file.spec.inputs, batch=4, where="")
+    recording, identity = read_recording(tmp_path / "recorded", file=file, digest=digest)
+    assert len(recording.files) == 3
+    assert isinstance(identity, ModelIdentity)
 
 
 def test_a_file_that_is_no_onnx_is_an_error(tmp_path: Path) -> None:

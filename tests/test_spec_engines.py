@@ -124,6 +124,17 @@ def test_what_the_backends_have_is_taken(lines: str) -> None:
         ),
         (table("tensorrt", "fp16", 'onnx = "a.onnx"', "lowering = { data_max = 9.0 }"), "does nothing beside an onnx"),
         (table("tensorrt", "fp16", 'plan = "a.plan"', "rebuilds = 2"), "cannot be built again"),
+        (
+            table("tensorrt", "fp16", 'options = { timing_cache = "t.cache" }', "rebuilds = 2"),
+            "every build choose what the first one chose",
+        ),
+        (
+            table("tensorrt", "fp16", 'options = { typing = "weak", layer_precisions = { "/x" = "int4" } }'),
+            r"/x: must be one of bf16, fp16, fp32, int8, got 'int4'",
+        ),
+        (table("tensorrt", "fp16", 'typing = "weak"'), r"no key 'typing'; it belongs into \[engine\.options\]"),
+        (table("tensorrt", "fp16", "options = { rebuilds = 3 }"), r"no key 'rebuilds'; it belongs into \[\[engine\]\]"),
+        (table("tensorrt", "int4"), r"must be one of bf16, .*, tf32, got 'int4'$"),
         (table("tensorrt", "fp16", "rebuilds = 0"), "rebuilds: expected `?int`? >= 1"),
     ],
 )
@@ -165,6 +176,12 @@ def test_a_quantised_engine_without_calibration_is_told_of_both_ways() -> None:
     with pytest.raises(SpecError, match=r'calibration = "module:function".*tool = "none"'):
         engine(table("tensorrt", "fp8"), head=head)
     engine(table("tensorrt", "fp8", 'lowering = { tool = "none" }'), head=head)
+
+
+def test_weak_int8_without_calibration_is_told_of_the_one_way_it_has() -> None:
+    head = HEAD.replace('calibration = "data:calibration"\n', "")
+    with pytest.raises(SpecError, match=r"to \[data\]$"):
+        engine(table("tensorrt", "int8", 'options = { typing = "weak" }'), head=head)
 
 
 def test_a_torch_engine_needs_the_model_itself() -> None:

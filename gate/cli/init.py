@@ -287,13 +287,14 @@ def spec_text(model: Model, model_id: str) -> str:
         "",
         "# [[engine]]",
         '# name = "trt-fp16"',
-        '# backend = "tensorrt"       # or tensorrt_rtx; evidence = "preflight" compiles it without a GPU',
-        '# precision = "fp16"',
+        '# backend = "tensorrt"       # or torch, or tensorrt_rtx; evidence = "preflight" compiles it without a GPU',
+        '# precision = "fp16"         # or tf32, bf16, int8, fp8; what this machine can do: gate doctor --spec gate.toml',
         "# optional = true            # where TensorRT is not installed it is listed as NOT RUN, and cannot be sealed",
         "#   [engine.parity]",
         "#   [engine.latency]",
         "#   p99_ms = 2.0",
         "#   [engine.baseline]        # against baselines/: gate baseline accept",
+        '#   [engine.lowering]        # int8: tool, method; exclude_nodes = ["/head/.*"] keeps nodes in FP32',
         "",
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from gate.cli import COMMANDS
-from gate.engines.interface import Layer
+from gate.engines.interface import CalibrationRecord, Layer
 from gate.errors import BackendUnavailable, BundleError, ExitCode, GateError, SpecError
 
 if TYPE_CHECKING:
@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 LONGEST_NAME = 48
 """Characters of a layer's name or tactic on a terminal; what is longer loses its middle."""
 
+_DEFAULTS = {"provider": "CPUExecutionProvider", "optimization": "all", "hardware_compatible": "none"}
+"""Options of a build that are shown only where they differ, as those that are null, false or empty."""
+
 _HEAD_BYTES = 64
 _MOST_ONNX_BYTES = 2**31 - 1
 """Source: protobuf's limit for one message."""
+_ONNX_BEGINS = b"\x08"
+"""Field 1, a number: the version of the format, which is written first. Source: onnx.proto3, ModelProto.ir_version."""
 _PLAN_SUFFIXES = (".plan", ".engine", ".trt")
 _WHAT = "a bundle, a plan of TensorRT or TensorRT-RTX, an ONNX file or an AOTInductor package"
 
@@ -57,9 +62,13 @@ class Inspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Args:
         path: As it was given.
         kind: What it is.
+        file: The engine's file in a bundle.
         sha256, size_bytes: Of the engine's file.
         backend, backend_version: What made it, and what runs it.
         precision: As asked for.
+        evidence: Of a bundle's verdict; `preflight`: its device is where it was compiled, and it did not run.
+        lowering: How a bundle's graph was made, as in its metadata.
+        calibration: What it was quantised by, of the lowering or of the compiler.
         layers: All of them.
         layers_source: Where the list comes from: `network`, `inspector`, `graph`.
         counts: Number of layers by precision; `compute_counts` of those that multiply.
@@ -70,6 +79,7 @@ class Inspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     schema_version: Literal[1] = 1
     path: str
     kind: Literal["bundle", "plan", "onnx", "aotinductor"]
+    file: str | None = None
     sha256: str
     size_bytes: int
     backend: str | None = None
@@ -88,6 +98,9 @@ class Inspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     compute_counts: dict[str, int] | None = None
     delivered_precision: Delivered | None = None
     verdict: str | None = None
+    evidence: str | None = None
+    lowering: dict[str, Any] | None = None
+    calibration: CalibrationRecord | None = None
     options: dict[str, Any] | None = None
     command: str | None = None
     notes: tuple[str, ...] = ()
@@ -124,12 +137,7 @@ def run(args: argparse.Namespace) -> ExitCode:
     try:
         found = inspected(args.path)
     except BundleError as err:
-        from gate.cli.check import pasted
-        from gate.cli.verify import bundles_below
-
         print(f"REFUSED  {err}", file=sys.stderr)
-        for path in bundles_below(args.path):
-            print(f"  gate inspect {pasted(path)}", file=sys.stderr)
         return ExitCode.REFUSED
     if args.json:
         sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
@@ -143,12 +151,13 @@ def inspected(path: Path) -> Inspected:
     """What lies at a path, by its content.
 
     Raises:
-        SpecError: There is nothing, or nothing that can be inspected.
-        BundleError: It is a folder and no bundle that verifies, or a file in one.
+        SpecError: There is nothing, or nothing that can be inspected, such as a folder that is no bundle.
+        BundleError: It is a bundle that does not verify, or a file in one.
         BackendUnavailable: It is an ONNX file, and `onnx` is not installed.
     """
     where = str(path)
     if path.is_dir():
+        _require_bundle(path)
         return _bundle(path, path)
     if not path.is_file():
         raise SpecError("there is no such file or folder", where=where, hint=f"Give {_WHAT}.")
@@ -179,6 +188,34 @@ def inspected(path: Path) -> Inspected:
     return _onnx(path, common)
 
 
+def _require_bundle(folder: Path) -> None:
+    """Tell a folder that is no bundle from one that does not verify.
+
+    Raises:
+        SpecError: It has no manifest nor anything else of a bundle; names the bundles in it, or that it lies in.
+    """
+    from gate.cli.check import pasted
+    from gate.cli.verify import bundles_below
+    from gate.metadata import METADATA_PATH
+    from gate.store import MANIFEST_PATH
+
+    manifest = folder / MANIFEST_PATH
+    if manifest.exists() or manifest.parent.exists() or (folder / METADATA_PATH).exists():
+        return
+    where = str(folder)
+    for holder in folder.resolve().parents:
+        if (holder / MANIFEST_PATH).is_file():
+            raise SpecError(
+                f"is a folder inside the bundle {holder}", where=where, hint=f"gate inspect {pasted(holder)}"
+            )
+    below = "\n".join(f"gate inspect {pasted(path)}" for path in bundles_below(folder))
+    raise SpecError(
+        f"is a folder, not a bundle (no {MANIFEST_PATH})",
+        where=where,
+        hint=f"It holds bundles:\n{below}" if below else f"Give {_WHAT}.",
+    )
+
+
 def _bundle_around(path: Path) -> Path | None:
     """The bundle that a file lies in: nothing in one is opened before it verifies."""
     from gate.store import MANIFEST_PATH
@@ -194,15 +231,18 @@ def _bundle(folder: Path, given: Path) -> Inspected:
 
     verified = verify(folder)
     metadata, build = verified.metadata, verified.metadata.build
-    notes = [f"verified: {len(verified.files)} files; not signed"]
+    notes = [f"verified: {len(verified.files)} files; not signed", *metadata.warnings]
     if given != folder:
         notes.insert(0, f"a file of the bundle {folder}")
     if not build.layers:
         notes.append("its build record lists no layers")
-    engine = verified.files[str(verified.engine.relative_to(folder))]
+    file = str(verified.engine.relative_to(folder))
+    engine = verified.files[file]
+    lowering = metadata.lowering
     return Inspected(
         path=str(given),
         kind="bundle",
+        file=file,
         sha256=engine.sha256,
         size_bytes=engine.size_bytes,
         backend=metadata.backend,
@@ -219,6 +259,9 @@ def _bundle(folder: Path, given: Path) -> Inspected:
         compute_counts=_compute_counts(build.layers),
         delivered_precision=_delivered(check_delivered_precision(build, evidence=Evidence.PREFLIGHT)),
         verdict=f"{metadata.verdict.status}, evidence: {metadata.verdict.evidence.value}",
+        evidence=metadata.verdict.evidence.value,
+        lowering=None if lowering is None else msgspec.to_builtins(lowering),
+        calibration=build.calibration or (None if lowering is None else lowering.calibration),
         options=dict(build.options),
         command=build.command,
         notes=tuple(notes),
@@ -332,9 +375,9 @@ def _onnx(path: Path, common: dict[str, Any]) -> Inspected:
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as err:  # protobuf's DecodeError, which is not imported for its lack of types
-        raise _nothing_known(where) from err
+        raise _no_graph(path) from err
     if not model.ir_version or not model.opset_import or not model.graph.output:
-        raise _nothing_known(where)
+        raise _no_graph(path)
     files = external_files(model)
     notes = [f"weights in {', '.join(files)}"] if files else []
     if files and (wrong := unsafe_external_file(path, files)) is not None:
@@ -355,7 +398,14 @@ def _onnx(path: Path, common: dict[str, Any]) -> Inspected:
     )
 
 
-def _nothing_known(where: str) -> SpecError:
+def _no_graph(path: Path) -> SpecError:
+    where = str(path)
+    with path.open("rb") as stream:
+        begins = stream.read(1)
+    if path.suffix == ".onnx" and begins == _ONNX_BEGINS:
+        return SpecError(
+            "looks like ONNX and is truncated or damaged", where=where, hint="Export it again, or copy it again."
+        )
     return SpecError("is nothing that can be inspected", where=where, hint=f"Give {_WHAT}.")
 
 
@@ -408,17 +458,24 @@ def _heading(found: Inspected) -> str:
 
 
 def _facts(found: Inspected) -> Iterator[tuple[str, str]]:
+    from gate.report.making import calibration_text
     from gate.wording import size_text
 
     yield "model", found.model_id or ""
+    yield "file", found.file or ""
     yield "backend", f"{found.backend or ''} {found.backend_version or ''}".strip()
     yield "size", f"{size_text(found.size_bytes)}   sha256 {found.sha256}"
     yield "verdict", found.verdict or ""
-    yield "device", found.device or ""
+    yield "compiled on" if found.evidence == "preflight" else "device", found.device or ""
     yield "opset", str(found.opset or "")
     delivered = found.delivered_precision
     if delivered is not None:
         yield "precision", f"{found.precision}   {delivered.status}  {delivered.message}   {delivered.detail}"
+    if (lowering := found.lowering) is not None:
+        by = f"{lowering['tool']} {lowering['tool_version']}".strip()
+        yield "lowered", "taken as it is" if lowering["tool"] == "copy" else f"{lowering['precision']} by {by}"
+    if found.calibration is not None:
+        yield "calibrated", f"by {calibration_text(found.calibration)}"
     for name, tensors in (("inputs", found.inputs), ("outputs", found.outputs)):
         yield name, ", ".join(f"{each.name} {each.dtype} {_shape(each.shape)}" for each in tensors or ())
     for name, ranges in (found.profile or {}).items():
@@ -426,7 +483,9 @@ def _facts(found: Inspected) -> Iterator[tuple[str, str]]:
             f"profile {name}",
             " · ".join(f"{which} {ranges[which]}" for which in ("min", "opt", "max") if which in ranges),
         )
-    yield "options", ", ".join(f"{key} = {_value(value)}" for key, value in (found.options or {}).items())
+    chosen = {key: value for key, value in (found.options or {}).items() if value and _DEFAULTS.get(key) != value}
+    for index, (key, value) in enumerate(chosen.items()):
+        yield "" if index else "options", f"{key} = {_value(value)}"
     yield "command", found.command or ""
 
 
@@ -437,7 +496,7 @@ def _shape(shape: list[int | str | None] | None) -> str:
 
 
 def _value(value: object) -> str:
-    return "null" if value is None else msgspec.json.encode(value).decode()
+    return msgspec.json.encode(value).decode()
 
 
 def _layer_lines(found: Inspected, *, everything: bool, shorten: bool) -> Iterator[str]:

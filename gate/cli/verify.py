@@ -50,19 +50,21 @@ def run(args: argparse.Namespace) -> ExitCode:
     needed = None if args.require_evidence is None else Evidence(args.require_evidence)
     refused: BundleError | None = None
     try:
-        verify(args.bundle, require_evidence=needed, on_step=on_step)
+        warnings = verify(args.bundle, require_evidence=needed, on_step=on_step).metadata.warnings
     except BundleError as err:
-        refused = err
+        refused, warnings = err, ()
     if args.json:
         found = {
             "bundle": str(args.bundle),
             "verified": refused is None,
             "error": None if refused is None else {"type": type(refused).__name__, "message": str(refused)},
+            "warnings": list(warnings),
             "steps": [{"name": step.name, "ok": step.ok, "detail": step.detail} for step in steps],
         }
         print(json.dumps(found, ensure_ascii=False))
     elif refused is None:
-        show(f"VERIFIED  {args.bundle}\n", sys.stdout)
+        notes = "".join(f"   {'note':<11} {warning}\n" for warning in warnings)
+        show(f"{notes}VERIFIED  {args.bundle}\n", sys.stdout)
     if refused is None:
         return ExitCode.PASSED
     sys.stdout.flush()

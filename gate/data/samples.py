@@ -221,23 +221,26 @@ class DigestedSource:
     def batches(self, size: int) -> Iterator[Batch]:
         """As `SampleSource.batches`.
 
-        The first batch is held against its digest before it is given. Each later one is digested while the caller works
-        with it, and held before the next is given or the end is told; so whoever goes to the end has seen all of them held.
+        Each batch is held against its digest before it is given, so whoever stops early has been given nothing unheld.
+        From the third on, a batch is read and digested while the caller works with the one before it.
 
         Raises:
             DataError: A sample or its label is not the one that was digested.
         """
-        pending: tuple[Batch, Iterator[bytes]] | None = None
+        ahead: tuple[Batch, Iterator[bytes]] | None = None
         for index, each in enumerate(self.source.batches(size)):
-            if pending is not None:
-                self._hold(*pending)
-            pending = each, _row_digests(each)
-            if index == 0:
-                self._hold(*pending)
-                pending = None
-            yield each
-        if pending is not None:
-            self._hold(*pending)
+            digests = _row_digests(each)
+            if index == 0:  # most take one batch alone: none is read ahead for them
+                self._hold(each, digests)
+                yield each
+                continue
+            if ahead is not None:
+                self._hold(*ahead)
+                yield ahead[0]
+            ahead = each, digests
+        if ahead is not None:
+            self._hold(*ahead)
+            yield ahead[0]
 
     def _hold(self, batch: Batch, digests: Iterator[bytes]) -> None:
         part = slice(batch.first, batch.first + batch.size)
@@ -396,7 +399,7 @@ def digest_of(
 
 
 def _row_digests(batch: Batch) -> Iterator[bytes]:
-    """sha256 of each sample's inputs; of large samples on all cores, since hashing releases the interpreter's lock."""
+    """sha256 of each sample's inputs, begun at once; of large samples on all cores, since hashing releases the lock."""
     rows = {name: np.ascontiguousarray(batch.inputs[name]) for name in sorted(batch.inputs)}
     heads = {name: f"{name}:{rows[name].dtype}:{rows[name].shape[1:]}".encode() for name in rows}
 
@@ -408,7 +411,7 @@ def _row_digests(batch: Batch) -> Iterator[bytes]:
         return one.digest()
 
     if sum(values.nbytes for values in rows.values()) < _HASHED_ALONE_BYTES:
-        return map(digest, range(batch.size))
+        return iter([digest(row) for row in range(batch.size)])
     return _hashers().map(digest, range(batch.size))
 
 

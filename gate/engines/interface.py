@@ -59,10 +59,11 @@ class CalibrationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     Args:
         tool: What calibrated, with its version.
         method: `minmax`, `entropy`, `percentile` or `max`.
+        percentile: Of the absolute values, that a range covers; None for the other methods.
         samples: How many.
         sha256: Of the samples: names, dtypes, shapes and bytes, however they were batched.
         ranges: Of the quantised activations, in graph order; empty where the tool does not say.
-        notes: What a reader should know: too few samples, another scale than the evaluation data, dead tensors.
+        notes: Warnings: too few samples, dead, constant and clipped tensors, ranges that outliers take.
     """
 
     tool: str = ""
@@ -71,6 +72,12 @@ class CalibrationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     sha256: str
     ranges: tuple[TensorRange, ...] = ()
     notes: tuple[str, ...] = ()
+    percentile: float | None = None
+
+    @property
+    def method_text(self) -> str:
+        """The method with its parameter: `percentile 99.999`."""
+        return self.method if self.percentile is None else f"{self.method} {self.percentile:g}"
 
 
 class LoweringRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

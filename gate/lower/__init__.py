@@ -20,10 +20,10 @@ from gate.engines.interface import CalibrationRecord, Layer, LoweringRecord
 from gate.errors import LoweringError
 from gate.lower import autocast, modelopt, onnxruntime
 from gate.lower.files import inputs_of, read, write
-from gate.lower.nodes import excluded, named, precision_notes, quantisers
+from gate.lower.nodes import excluded, named, nothing_lowered, precision_notes, quantisers
 from gate.lower.ranges import measured_ranges
 from gate.lower.samples import Samples
-from gate.lower.tools import Tool, tool_for, tool_version
+from gate.lower.tools import PERCENTILE, Tool, tool_for, tool_version
 from gate.precision import compute_layers
 from gate.spec import QUANTIZED, LoweringSpec
 from gate.tensors import NamedArrays
@@ -92,7 +92,7 @@ def lower(
         else:
             made = _cast(source, folder, precision=precision, lowering=lowering, tool=tool, calibration=calibration)
         if made.tool.name != "copy":
-            _require_lowered(made, source=source, precision=precision, where=str(onnx))
+            _require_lowered(made, source=source, precision=precision, lowering=lowering, where=str(onnx))
         write(made.model, out, folder)
     return LoweringRecord(
         precision=precision,
@@ -187,11 +187,12 @@ def _quantized(
     notes = precision_notes(layers, precision=precision, kept=kept, tool=tool.name, why=_WHY[tool.name])
     before, after = opset_of(source), opset_of(model)
     if before != after:
-        notes = (*notes, f"{tool.name} raised the opset from {before} to {after}; TensorRT 8.6 takes up to 17")
+        notes = (*notes, f"opset raised from {before} to {after}")
     ranges = measured_ranges(source, model, folder, samples=samples, precision=precision)
     record = CalibrationRecord(
         tool=f"{tool.distribution} {version}",
         method=tool.method,
+        percentile=(lowering.percentile or PERCENTILE) if tool.method == "percentile" else None,
         samples=samples.samples,
         sha256=samples.sha256(),
         ranges=ranges,
@@ -200,19 +201,14 @@ def _quantized(
     return _Lowered(model, tool, layers, record, notes)
 
 
-def _require_lowered(made: _Lowered, *, source: Any, precision: str, where: str) -> None:
+def _require_lowered(made: _Lowered, *, source: Any, precision: str, lowering: LoweringSpec, where: str) -> None:
     lowered = [
         layer
         for layer in made.layers
         if layer.precision == precision and layer.type not in ("Cast", "QuantizeLinear", "DequantizeLinear")
     ]
     if not lowered:
-        raise LoweringError(
-            f"nothing was lowered: no node of the graph computes in {precision}",
-            where=where,
-            hint="Look for what it is made of: int8 and fp8 need a convolution or matrix multiplication with constant "
-            "weights, wide enough for the tool, and not excluded.",
-        )
+        raise nothing_lowered(source, precision=precision, lowering=lowering, tool=made.tool.name)
     for kind in ("input", "output"):
         before = [(each.name, each.type.tensor_type.elem_type) for each in getattr(source.graph, kind)]
         after = [(each.name, each.type.tensor_type.elem_type) for each in getattr(made.model.graph, kind)]

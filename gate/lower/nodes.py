@@ -6,10 +6,11 @@ import difflib
 import re
 from typing import Any
 
+from gate.engines.graph import layers_of
 from gate.engines.interface import Layer
 from gate.errors import LoweringError
 from gate.precision import compute_layers
-from gate.spec import LoweringSpec
+from gate.spec import QUANTIZED, LoweringSpec
 
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 _NAMED = 4
@@ -107,6 +108,64 @@ def precision_notes(
     if left:
         notes.append(f"{len(left)} of {len(compute)} compute nodes are not {precision}, {why}: {_listed(left)}")
     return tuple(notes)
+
+
+def nothing_lowered(source: Any, *, precision: str, lowering: LoweringSpec, tool: str) -> LoweringError:
+    """The error for a graph of which no node computes in the precision that was asked for: why, and what to do.
+
+    Args:
+        source: The graph before, its nodes named.
+        precision: As asked for.
+        lowering: How.
+        tool: What lowered it: `autocast`, `onnxruntime`, `modelopt`, or `none` for a graph that carries Q/DQ.
+    """
+    compute = compute_layers(layers_of(source))
+    kept = excluded(source, lowering)
+    why = f"no node of the graph computes in {precision}"
+    hint = f"Look with gate inspect what the graph is made of, or ask for another precision than {precision}."
+    if tool == "none":
+        hint = f"Its Q/DQ is of another type than {precision}: ask for that, or export the model again."
+    elif compute and all(layer.name in kept for layer in compute):
+        why = "every convolution and matrix product is excluded by the spec"
+        hint = "Take some out of exclude_nodes and exclude_ops, or ask for fp32."
+    elif lowering.data_max is not None:
+        why = f"data_max = {lowering.data_max:g} leaves every node in FP32"
+        hint = "Give a larger data_max, or leave it out."
+    elif precision in QUANTIZED and not compute:
+        why = f"the graph has no convolution or matrix product, and {precision} is made of these alone"
+    elif precision in QUANTIZED:
+        widths = _widths(source)
+        left = [layer for layer in compute if layer.name not in kept]
+        sizes = [f"{layer.name} ({widths.get(layer.name, 'no constant weights')})" for layer in left]
+        wide = "is wide enough" if tool == "modelopt" else "can be quantised"
+        why = f"no convolution or matrix product {wide} for {precision}: {_listed(sizes)}"
+        hint = (
+            "Model Optimizer leaves matrix products with a side below 16 and small convolutions, and for fp8 those of 16 "
+            "channels and fewer."
+            if tool == "modelopt"
+            else "It needs a convolution or matrix product with constant weights."
+        )
+    return LoweringError(f"nothing was lowered: {why}", hint=hint)
+
+
+def _widths(model: Any) -> dict[str, str]:
+    """Channels that each convolution and matrix product with constant weights takes and gives, by its node's name."""
+    shapes = {each.name: list(each.dims) for each in model.graph.initializer}
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        shape = shapes.get(node.input[1]) if len(node.input) > 1 else None
+        if shape is None or len(shape) < 2:
+            continue
+        given = {each.name: each.i for each in node.attribute}
+        taken, made = shape[-2], shape[-1]
+        if node.op_type == "Conv":
+            taken, made = shape[1] * given.get("group", 1), shape[0]
+        elif node.op_type == "ConvTranspose":
+            taken, made = shape[0], shape[1] * given.get("group", 1)
+        elif given.get("transB"):
+            taken, made = made, taken
+        found[node.name] = f"{taken} to {made} channels"
+    return found
 
 
 def _listed(names: list[str] | tuple[str, ...]) -> str:

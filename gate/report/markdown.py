@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gate.errors import GateError
-from gate.report.making import making_lines, nodes_by_precision, reproduce_lines
+from gate.report.making import (
+    RANGE_HEADINGS,
+    calibrations,
+    making_lines,
+    nodes_by_precision,
+    plural,
+    range_rows,
+    reproduce_lines,
+)
 from gate.report.table import HEADINGS, device_text, rows
 from gate.report.terminal import next_command
 from gate.results import CheckRun, EngineResult
@@ -34,6 +42,9 @@ def markdown(run: CheckRun) -> str:
     command = next_command(run)
     if command:
         lines += [f"Next: `{command}`", ""]
+    for result in run.engines:
+        for warning in result.warnings:
+            lines += [f"**WARNING** `{result.name}`: {_text(warning)}", ""]
     lines += [
         f"`{run.model_id}`, {run.samples} samples, reference: {_text(run.provenance.reference)}, "
         f"device: {_text(device_text(run.device))}",
@@ -127,8 +138,15 @@ def _details(result: EngineResult) -> Iterator[str]:
         yield from ("", "<details><summary>which nodes run in which precision</summary>", "")
         yield from _table(("precision", "nodes"), nodes)
         yield from ("", "</details>")
+    for record in calibrations(result):
+        if record.ranges:
+            count = plural(len(record.ranges), "calibrated tensor", "calibrated tensors")
+            yield from ("", f"<details><summary>ranges of {count}</summary>", "")
+            yield from _table(RANGE_HEADINGS, [*range_rows(record)])
+            yield from ("", "</details>")
     if commands := [*reproduce_lines(result)]:
-        yield from ("", "```sh", *(line.replace("```", "` ` `") for line in commands), "```")
+        lines = [line for what, command in commands for line in (f"# {what}", command.replace("```", "` ` `"))]
+        yield from ("", "```sh", *lines, "```")
     yield ""
     yield "</details>"
 

@@ -36,16 +36,23 @@ INDENT = " " * 8
 GAP = "  "
 DROPPED_WHEN_NARROW = ("evidence", "size")
 """Columns that a narrow terminal does without; report.md has them all."""
-MOST_OTHERS = 8
+MOST_OTHERS = 2
+"""Findings that did not pass, beside the first, that a line each is given to."""
+MOST_NAMES = 3
 
 _SHORTER = {NOT_RUN_HERE: "not run", "PASSED (preflight only)": "PASSED (preflight)"}
-_COLOURED = re.compile(r"\b(PASSED|FAILED|INCONCLUSIVE|NOT RUN|REFUSED)\b")
+_CAUSE = "likely cause: "
+_NO_CAUSE = ("built ", "compared on the host ", "precision ", "worst sample ")
+"""Beginnings of notes that say what was done, or where."""
+_OF_ANSWERS = ("parity.", "task.", "metamorphic.")
+_COLOURED = re.compile(r"\b(PASSED|FAILED|INCONCLUSIVE|NOT RUN|REFUSED|WARNING)\b")
 _STYLES = {
     "PASSED": "bold green",
     "FAILED": "bold red",
     "INCONCLUSIVE": "bold yellow",
     "NOT RUN": "bold magenta",
     "REFUSED": "bold red",
+    "WARNING": "bold yellow",
 }
 
 
@@ -58,23 +65,33 @@ def exit_code_of(status: Status) -> ExitCode:
     }[status]
 
 
-def next_command(run: CheckRun) -> str | None:
-    """The command that mends the first engine that did not pass, or looks closer at it; None where all passed."""
+def next_command(run: CheckRun, *, verbose: bool = False) -> str | None:
+    """The command that mends the first engine that did not pass, or looks closer at it; None where all passed.
+
+    Args:
+        verbose: Every finding is listed already.
+    """
     first = _first_failing(run)
-    return None if first is None else _next_for(run, first)
+    return None if first is None else _next_for(run, first, verbose=verbose)
 
 
-def _next_for(run: CheckRun, result: EngineResult) -> str:
+def _next_for(run: CheckRun, result: EngineResult, *, verbose: bool = False) -> str:
     hints = {advice(finding) for finding in result.failing}
     if len(hints) == 1 and (hint := hints.pop()).startswith("gate ") and "\n" not in hint:
         # All that is wrong has one remedy, such as accepting a first baseline.
         return hint
+    if verbose:
+        return _explain(result)
     return f"gate check {_quoted(run.spec_path)} --engine {result.name} --verbose"
 
 
-def headline(run: CheckRun) -> str:
+def _explain(result: EngineResult) -> str:
+    return f"gate explain {result.failing[0].check.partition('[')[0]}"
+
+
+def headline(run: CheckRun, *, verbose: bool = False) -> str:
     """The first line: the engine, the check, observed against limit, and the next command."""
-    command = next_command(run)
+    command = next_command(run, verbose=verbose)
     return f"{run.summary}   next: {command}" if command else run.summary
 
 
@@ -96,17 +113,19 @@ def render(
         exit_line: End with the report and the exit code; False where the command will end with another.
     """
     lines = [
-        headline(run),
+        headline(run, verbose=verbose),
         "",
         f"{run.model_id}  {run.samples} samples  reference: {run.provenance.reference}"
         f"   device: {device_text(run.device)}",
         "",
         *_table(run, width),
     ]
+    warnings = [f"WARNING  {result.name}  {warning}" for result in run.engines for warning in result.warnings]
+    lines += ["", *warnings] if warnings else []
     for status in (Status.FAILED, Status.INCONCLUSIVE):
         for result in run.engines:
             if result.status is status:
-                lines += ["", *_explained(run, result)]
+                lines += ["", *_explained(run, result, verbose=verbose)]
     for result in run.engines:
         if result.status is None:
             lines += ["", f"NOT RUN  {result.name}  {result.not_run or 'no reason was given'}"]
@@ -161,23 +180,49 @@ def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
     return [GAP + GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
-def _explained(run: CheckRun, result: EngineResult) -> Iterator[str]:
-    """Why an engine did not pass: the first finding in full, the others in a line each."""
+def _explained(run: CheckRun, result: EngineResult, *, verbose: bool) -> Iterator[str]:
+    """Why an engine did not pass: the first finding with its likely cause, and the others."""
     first, *others = result.failing
     yield f"{first.status.value}  {result.name}  {finding_sentence(first, precision=result.precision)}"
+    cause = _likely_cause(result)
+    if cause is not None:
+        yield f"{INDENT}likely cause: {cause.removeprefix(_CAUSE)}"
     for line in _details(first, result):
         yield f"{INDENT}{line}"
-    for other in others[:MOST_OTHERS]:
-        yield f"{INDENT}also {other.status.value}: {finding_sentence(other, precision=result.precision)}"
-        if other.status is Status.INCONCLUSIVE:
-            yield from (f"{INDENT}    {line}" for line in failure_lines(other))
-    if len(others) > MOST_OTHERS:
-        yield f"{INDENT}also {len(others) - MOST_OTHERS} more; --verbose lists them"
+    for line in _others(others, result, verbose=verbose):
+        yield f"{INDENT}{line}"
     for note in result.notes:
-        yield f"{INDENT}{note}"
-    command = _next_for(run, result)
+        if note != cause:
+            yield f"{INDENT}{note}"
+    command = _next_for(run, result, verbose=verbose)
     yield from (f"{INDENT}{line}" for line in advice(first).splitlines() if line != command)
-    yield f"{INDENT}next: {command}   ·   gate explain {first.check.partition('[')[0]}"
+    yield f"{INDENT}next: {'   ·   '.join(dict.fromkeys((command, _explain(result))))}"
+
+
+def _likely_cause(result: EngineResult) -> str | None:
+    """The first note that is not about how the engine was made or compared; else, for other answers, a warning."""
+    made = () if result.lowering is None else result.lowering.notes
+    causes = [note for note in result.notes if note not in made and not note.startswith(_NO_CAUSE)]
+    if not causes and result.failing[0].check.startswith(_OF_ANSWERS):
+        # The last one: another scale is told after outliers, and these after too few samples.
+        causes = [*result.warnings[-1:]]
+    return causes[0] if causes else None
+
+
+def _others(others: Sequence[Finding | Failure], result: EngineResult, *, verbose: bool) -> Iterator[str]:
+    """What else did not pass: a line each for two, and their names in a line where there are more."""
+    if len(others) <= MOST_OTHERS:
+        for other in others:
+            yield f"also {other.status.value}: {finding_sentence(other, precision=result.precision)}"
+            if other.status is Status.INCONCLUSIVE:
+                yield from (f"    {line}" for line in failure_lines(other))
+        return
+    for status in (Status.FAILED, Status.INCONCLUSIVE):
+        names = [other.check for other in others if other.status is status]
+        if names:
+            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            where = "" if verbose else "; --verbose lists them"
+            yield f"also {status.value}: {', '.join(names[:MOST_NAMES])}{more}{where}"
 
 
 def _details(finding: Finding | Failure, result: EngineResult) -> Iterator[str]:
@@ -210,8 +255,8 @@ def _all_findings(result: EngineResult) -> Iterator[str]:
             yield from _why(finding)
     for note in (*making_lines(result), *result.notes):
         yield f"{GAP}{note}"
-    for command in reproduce_lines(result):
-        yield f"{GAP}reproduce: {command}"
+    for what, command in reproduce_lines(result):
+        yield f"{GAP}{what}: {command}"
     if result.reused:
         yield f"{GAP}reused: {', '.join(result.reused)}"
 

@@ -38,7 +38,7 @@ def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineRe
         made = make_engine(run, engine, backend)
     except GateError as err:
         return _judged(run, engine, result, [_failure("build", err, Evidence.PREFLIGHT)])
-    size = made.path.stat().st_size
+    size = _size_bytes(engine, backend, made)
     result = msgspec.structs.replace(
         result,
         size_bytes=size,
@@ -49,6 +49,7 @@ def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineRe
         calibration_sha256=made.calibration_sha256,
         reused=made.reused,
         notes=made.notes,
+        warnings=made.warnings,
         lowering=made.lowering,
     )
     findings.extend(_build_findings(engine, made, size, file=run.file))
@@ -74,10 +75,12 @@ def _opened_and_run(
     findings: list[Finding | Failure],
 ) -> EngineResult:
     """Load the engine and do everything that needs it; its device memory is watched until it is timed."""
-    from gate.device import device_memory_used_bytes
+    from gate.device import device_memory_used_bytes, open_context
     from gate.memory import device_peak
 
     on_gpu = result.evidence is Evidence.DEVICE
+    if on_gpu:
+        open_context()
     with device_peak(device_memory_used_bytes if on_gpu else lambda: None) as peak:
         with _opened(run, engine, backend, made) as runner:
             result = _run_engine(run, engine, runner, result, findings=findings, peak=peak)
@@ -109,7 +112,7 @@ def rebuilt(
         try:
             again = make_engine(run, engine, backend, rebuild=index)
             others.append(again)
-            findings.extend(_build_findings(engine, again, again.path.stat().st_size, file=run.file))
+            findings.extend(_build_findings(engine, again, _size_bytes(engine, backend, again), file=run.file))
             with _opened(run, engine, backend, again) as runner:
                 compare_outputs(run, engine, runner, evidence, findings)
         except GateError as err:
@@ -122,7 +125,7 @@ def _judged(run: Context, engine: EngineSpec, result: EngineResult, findings: li
     """The result with its verdict; a check that the spec asked for and that has no finding is a Failure."""
     names = {finding.check for finding in findings}
     failed = any(isinstance(finding, Failure) for finding in findings)
-    required = required_checks(engine, run)
+    required = required_checks(engine, run, layers_listed=result.build is not None and bool(result.build.layers))
     for name in required:
         if not is_covered(name, names) and not failed:
             findings.append(
@@ -137,10 +140,16 @@ def _judged(run: Context, engine: EngineSpec, result: EngineResult, findings: li
     return msgspec.structs.replace(result, verdict=Verdict(findings=tuple(findings), required=required))
 
 
-def required_checks(engine: EngineSpec, run: Context) -> tuple[str, ...]:
-    """Names of the checks that must have a finding; one of several outputs stands for all of them."""
+def required_checks(engine: EngineSpec, run: Context, *, layers_listed: bool) -> tuple[str, ...]:
+    """Names of the checks that must have a finding; one of several outputs stands for all of them.
+
+    Args:
+        engine: What was asked for.
+        run: Of it.
+        layers_listed: Whether the engine's layers are known: a package of AOTInductor has them only if the gate made it.
+    """
     lists_layers = engine.plan is None or engine.backend in ("onnxruntime", "tensorrt", "tensorrt_rtx")
-    names: list[str] = ["build.delivered_precision"] if lists_layers else []
+    names: list[str] = ["build.delivered_precision"] if lists_layers or layers_listed else []
     if engine.required_evidence == "preflight":
         return tuple(names)
     names.extend(applicable_checks(engine, run.spec.inputs))
@@ -168,12 +177,33 @@ def _failure(check: str, err: GateError, evidence: Evidence) -> Failure:
     return Failure(check=check, error=type(err).__name__, message=text, evidence=evidence, hint=err.hint or "")
 
 
-def _build_findings(engine: EngineSpec, made: Made, size_bytes: int, *, file: SpecFile) -> Iterator[Finding | Failure]:
-    from gate.precision import check_delivered_precision
+def _size_bytes(engine: EngineSpec, backend: Backend, made: Made) -> int | None:
+    """Size of the engine's file; None where PyTorch keeps no engine in it."""
+    if engine.backend == "torch" and backend.unsealable(engine) is not None:
+        return None
+    return made.path.stat().st_size
 
-    if engine.plan is None or made.build.layers:
-        yield check_delivered_precision(made.build, evidence=Evidence.PREFLIGHT)
+
+def _build_findings(
+    engine: EngineSpec, made: Made, size_bytes: int | None, *, file: SpecFile
+) -> Iterator[Finding | Failure]:
+    from gate.precision import check_delivered_precision, excluded_by
+
+    if engine.plan is None or made.build.layers or made.build.layers_source == "inspector":
+        nodes = made.lowering.layers if made.lowering is not None else ()
+        yield check_delivered_precision(
+            made.build, evidence=Evidence.PREFLIGHT, excluded=excluded_by(engine.lowering, nodes)
+        )
     if engine.memory is not None and engine.memory.engine_mib is not None:
+        if size_bytes is None:
+            yield Failure(
+                check="memory.engine_mib",
+                error="MeasurementError",
+                message=f"PyTorch keeps no engine file in mode = {engine.options.mode or 'eager'!r}, so it has no size",
+                evidence=Evidence.PREFLIGHT,
+                hint='Leave engine_mib out, or use mode = "aotinductor", which makes a file.',
+            )
+            return
         mib = size_bytes / 2**20
         yield Finding(
             check="memory.engine_mib",

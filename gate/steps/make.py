@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +12,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from gate.calibration import calibration_warnings
 from gate.engines.graph import opset_of
-from gate.engines.interface import Backend, BuildRecord, LoweringRecord, Resources
-from gate.errors import BuildError
+from gate.engines.interface import CALIBRATION_NAME, Backend, BuildRecord, LoweringRecord, Resources
+from gate.errors import BuildError, DataError
 from gate.manifest import sha256_hex
-from gate.reference import batch_size, file_digest, onnx_digest, recorded_graph
+from gate.reference import RecordedGraph, batch_size, file_digest, onnx_digest, recorded_graph
 from gate.spec import QUANTIZED, EngineSpec, LoweringSpec, located
 from gate.steps.context import Context, Exported
 from gate.tensors import Array
@@ -102,6 +106,7 @@ class Made:
     calibration_sha256: str | None
     reused: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     lowering: LoweringRecord | None = None
 
 
@@ -156,6 +161,8 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend, *, rebuild: 
             "calibration": calibration_sha256 if calibrates else None,
             "rebuild": rebuild,
         }
+        if engine.onnx is None and backend.origin(engine) == "model":
+            parts |= _model_parts(run)
         key = run.cache.entry_key(**parts)
         entry: Entry | None = run.cache.get("engine", key)
         if entry is not None:
@@ -174,6 +181,7 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend, *, rebuild: 
                 meta["build"] = msgspec.to_builtins(record)
 
             entry = run.cache.put("engine", key, make, meta)
+            _keep_for_its_own_ranges(run, here, entry, parts)
         record = msgspec.convert(entry.meta["build"], BuildRecord)
     name = backend.file_name(engine)
     return Made(
@@ -183,10 +191,10 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend, *, rebuild: 
         opset=graph.opset,
         calibration_sha256=calibration_sha256,
         reused=tuple(reused),
-        notes=(
-            *graph.notes,
-            *(record.calibration.notes if record.calibration is not None else ()),
-            *(run.scale_notes if calibration_sha256 is not None else ()),
+        notes=graph.notes,
+        warnings=calibration_warnings(
+            record.calibration or (None if graph.lowering is None else graph.lowering.calibration),
+            run.scale_notes if calibration_sha256 is not None else (),
         ),
         lowering=graph.lowering,
     )
@@ -257,14 +265,42 @@ def _option_digests(engine: EngineSpec) -> dict[str, str]:
     return found
 
 
+def _keep_for_its_own_ranges(run: Context, engine: EngineSpec, entry: Entry, parts: Mapping[str, object]) -> None:
+    """Keep an engine under the key that it has now, too, where its build wrote the calibration cache that it names.
+
+    The next check finds that file, so it asks for another key. Only where the file holds what this build found.
+    """
+    path = engine.options.calibration_cache
+    digests = _option_digests(engine)
+    if path is None or CALIBRATION_NAME not in entry.files or digests == parts["files"]:
+        return
+    if digests.get(path) != entry.sha256(CALIBRATION_NAME):
+        return
+
+    def copied(folder: Path) -> None:
+        for name in entry.files:
+            shutil.copyfile(entry.path(name), folder / name)
+
+    run.cache.put("engine", run.cache.entry_key(**{**parts, "files": digests}), copied, entry.meta)
+
+
+def _model_parts(run: Context) -> dict[str, object]:
+    """What an engine that PyTorch compiles depends on beside the model: the processor, and what its outputs are called."""
+    from gate.device import fingerprint
+
+    host = fingerprint(for_gpu=False)
+    return {"processor": [host.os, *host.isa], "names": list(run.spec.model.output_names)}
+
+
 def _device_key(backend: Backend, engine: EngineSpec) -> str:
-    """What a compiled engine depends on beside its inputs: the GPU where there is one."""
+    """What a compiled engine depends on beside its inputs: the GPU where there is one, and whether TF32 is kept off it."""
     from gate.device import fingerprint
 
     if backend.runs_here(engine) is not Evidence.DEVICE:
         return "host"
     device = fingerprint(for_gpu=True)
-    return f"{device.name} {device.compute_capability} {device.driver}"
+    tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE")
+    return f"{device.name} {device.compute_capability} {device.driver} NVIDIA_TF32_OVERRIDE={tf32}"
 
 
 def _require_file(path: Path, run: Context, engine: EngineSpec, key: str) -> None:
@@ -292,18 +328,40 @@ def graph_name(engine: EngineSpec) -> str:
     return f"{engine.precision}-{sha256_hex(msgspec.json.encode(engine.lowering))[:8]}"
 
 
+def _looks_at_samples(run: Context, engine: EngineSpec) -> bool:
+    """Whether the calibration samples decide what the graph is lowered to."""
+    calibrated = engine.precision in QUANTIZED and not engine.brings_scales
+    return calibrated or (engine.lowering.data_max is not None and run.spec.data.calibration is not None)
+
+
+def _require_same_calibration(run: Context, engine: EngineSpec, graph: RecordedGraph) -> None:
+    """Hold the samples that a recorded graph was calibrated on against those of the spec.
+
+    Raises:
+        DataError: They differ, or one of both has none.
+    """
+    here = run.calibration()[1].inputs_sha256 if _looks_at_samples(run, engine) else None
+    if graph.calibration_sha256 == here:
+        return
+    then, now = ("none" if each is None else f"{each[:12]}…" for each in (graph.calibration_sha256, here))
+    raise DataError(
+        f"the recorded graph in {graph_name(engine)} was calibrated on other samples (recorded {then}, [data] gives {now})",
+        where=str(run.options.reference),
+        hint=f"Record it again: gate record {run.file.path} -o DIR",
+    )
+
+
 def lowered_graph(run: Context, engine: EngineSpec, exported: Exported) -> Lowered:
     """The exported graph in an engine's precision: from the recording, from the cache, or made now."""
     if run.options.reference is not None:
         graph = recorded_graph(run.options.reference, graph_name(engine))
+        _require_same_calibration(run, engine, graph)
         return Lowered(graph.path, onnx_digest(graph.path), graph.opset, graph.calibration_sha256, reused=True)
     from gate.lower import lower, tool_version
 
     calibration_sha256: str | None = None
     with run.stage("lower", engine=engine.precision):
-        calibrated = engine.precision in QUANTIZED and not engine.brings_scales
-        measured = engine.lowering.data_max is not None and run.spec.data.calibration is not None
-        looks_at_samples = calibrated or measured
+        looks_at_samples = _looks_at_samples(run, engine)
         if looks_at_samples:
             calibration_sha256 = run.calibration()[1].inputs_sha256
         key = run.cache.entry_key(
@@ -333,13 +391,12 @@ def lowered_graph(run: Context, engine: EngineSpec, exported: Exported) -> Lower
 
             entry = run.cache.put("lowered", key, make, meta)
     record = msgspec.convert(entry.meta, LoweringRecord)
-    notes = (*record.notes, *(record.calibration.notes if record.calibration is not None else ()))
     return Lowered(
         path=entry.path("model.onnx"),
         sha256=graph_digest(entry),
         opset=record.opset,
         calibration_sha256=calibration_sha256,
         reused=reused,
-        notes=notes,
+        notes=record.notes,
         record=record,
     )

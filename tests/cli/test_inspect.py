@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -12,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gate import device
 from gate.cli import inspect
-from gate.engines.interface import Layer
+from gate.engines.interface import CalibrationRecord, Layer, LoweringRecord
 from tests.cli import conftest as tiny
 
 
@@ -112,8 +114,108 @@ def test_file_of_a_bundle_is_inspected_as_that_bundle(gate_command, bundle):
 
 def test_folder_of_bundles_names_them(gate_command, bundle):
     outcome = gate_command("inspect", str(bundle.parents[1]))
-    assert outcome.code == 4
+    assert outcome.code == 2
+    assert "is a folder, not a bundle (no seals/manifest.json)" in outcome.err
     assert f"gate inspect {bundle}" in outcome.err
+
+
+def test_folder_that_is_no_bundle_is_a_usage_error(gate_command, project):
+    (project / "plain").mkdir()
+    outcome = gate_command("inspect", "plain")
+    assert outcome.code == 2
+    assert "plain: is a folder, not a bundle (no seals/manifest.json)" in outcome.err
+
+
+def test_folder_inside_a_bundle_names_the_bundle(gate_command, bundle):
+    outcome = gate_command("inspect", str(bundle / "artifacts"))
+    assert outcome.code == 2
+    assert f"is a folder inside the bundle {bundle}" in outcome.err
+    assert f"gate inspect {bundle}" in outcome.err
+
+
+def test_bundle_without_its_manifest_is_refused(gate_command, bundle):
+    (bundle / "seals/manifest.json").unlink()
+    assert gate_command("inspect", str(bundle)).code == 4
+
+
+def test_bundle_names_its_file_and_only_options_that_were_chosen(gate_command, bundle):
+    outcome = gate_command("inspect", str(bundle))
+    assert re.search(r"^  file +artifacts/model.onnx$", outcome.out, re.MULTILINE)
+    assert "null" not in outcome.out
+    assert "optimization" not in outcome.out
+    found = json.loads(gate_command("inspect", str(bundle), "--json").out)
+    assert found["file"] == "artifacts/model.onnx"
+    assert found["options"]["optimization"] == "all"
+
+
+def quantised(run):
+    """The run with its engine quantised, and something to be warned of."""
+    calibration = CalibrationRecord(
+        tool="onnxruntime 1.31.1", method="percentile", percentile=99.9, samples=4, sha256="b" * 64
+    )
+    lowering = LoweringRecord(
+        precision="fp32", tool="quantize_static", tool_version="1.31.1", opset=17, layers=(), calibration=calibration
+    )
+    engine = msgspec.structs.replace(run.engines[0], lowering=lowering, warnings=("calibrated on 4 samples",))
+    return msgspec.structs.replace(run, engines=(engine,))
+
+
+@pytest.fixture
+def warned(gate_command, project, monkeypatch):
+    """A sealed bundle of a quantised engine with a warning."""
+    from gate import pipeline
+
+    plain = pipeline.check
+    monkeypatch.setattr(pipeline, "check", lambda *args, **more: quantised(plain(*args, **more)))
+    outcome = gate_command("seal", "gate.toml", "--out", "dist")
+    assert outcome.code == 0, outcome.err
+    return project / "dist" / "tiny" / "ort"
+
+
+def test_bundle_says_how_it_was_lowered_and_what_to_be_warned_of(gate_command, warned):
+    outcome = gate_command("inspect", str(warned))
+    assert re.search(r"^  lowered +fp32 by quantize_static 1\.31\.1$", outcome.out, re.MULTILINE)
+    assert re.search(
+        r"^  calibrated +by onnxruntime 1\.31\.1, percentile 99\.9, on 4 samples$", outcome.out, re.MULTILINE
+    )
+    assert re.search(r"^  note +calibrated on 4 samples$", outcome.out, re.MULTILINE)
+    found = json.loads(gate_command("inspect", str(warned), "--json").out)
+    assert found["lowering"]["calibration"]["percentile"] == 99.9
+
+
+def test_verifying_shows_warnings(gate_command, warned):
+    lines = gate_command("verify", str(warned)).out.splitlines()
+    assert lines[-2:] == ["   note        calibrated on 4 samples", f"VERIFIED  {warned}"]
+    assert json.loads(gate_command("verify", "--json", str(warned)).out)["warnings"] == ["calibrated on 4 samples"]
+
+
+def test_options_are_shown_one_a_line_where_they_were_chosen():
+    options = {
+        "threads": 2,
+        "optimization": "basic",
+        "provider": "CPUExecutionProvider",
+        "a": None,
+        "b": False,
+        "c": {},
+    }
+    found = inspect.Inspected(path="d", kind="bundle", engine="e", sha256="0" * 64, size_bytes=1, options=options)
+    lines = [line.strip() for line in inspect.render(found).splitlines()]
+    assert lines[-2:] == ["options  threads = 2", 'optimization = "basic"']
+
+
+def test_device_of_what_did_not_run_is_where_it_was_compiled():
+    common = {"path": "d", "kind": "bundle", "engine": "e", "sha256": "0" * 64, "size_bytes": 1, "device": "AMD"}
+    assert "  compiled on  AMD" in inspect.render(inspect.Inspected(**common, evidence="preflight"))
+    assert "  device  AMD" in inspect.render(inspect.Inspected(**common, evidence="host"))
+
+
+def test_truncated_graph_is_said_to_be_one(gate_command, project, graph):
+    path = project / "cut.onnx"
+    for kept in (graph.stat().st_size - 5, 20, 1):
+        path.write_bytes(graph.read_bytes()[:kept])
+        outcome = gate_command("inspect", str(path))
+        assert outcome.code == 2
+        assert "looks like ONNX and is truncated or damaged" in outcome.err
 
 
 def test_graph_shows_inputs_opset_and_its_compute_layers(gate_command, graph):

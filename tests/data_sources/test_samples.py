@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gate.data.samples import Samples, digest_of, open_source, require_disjoint
+from gate.data.samples import ArraySource, Batch, DigestedSource, Samples, digest_of, open_source, require_disjoint
 from gate.errors import DataError
 from gate.spec import InputSpec, SpecFile, spec_from_text
 
@@ -132,8 +134,6 @@ def test_npz_and_safetensors_files_are_read_and_pickles_are_not(tmp_path: Path) 
 
 @given(batch=st.integers(1, 9), shift=st.integers(0, 5))
 def test_the_digest_depends_on_content_and_order_and_not_on_the_batch(batch: int, shift: int) -> None:
-    from gate.data.samples import ArraySource
-
     values = np.arange(24, dtype=np.float32).reshape(6, 4)
     one = digest_of(ArraySource(Samples({"x": values}), 6), inputs=INPUTS, batch=6, where="")
     other = digest_of(
@@ -144,8 +144,6 @@ def test_the_digest_depends_on_content_and_order_and_not_on_the_batch(batch: int
 
 
 def test_one_shared_sample_is_enough_to_refuse_a_calibration_set() -> None:
-    from gate.data.samples import ArraySource
-
     values = np.arange(48, dtype=np.float32).reshape(12, 4)
     evaluation = digest_of(ArraySource(Samples({"x": values[:6]}), 6), inputs=INPUTS, batch=6, where="")
     apart = digest_of(ArraySource(Samples({"x": values[6:]}), 6), inputs=INPUTS, batch=6, where="")
@@ -155,3 +153,53 @@ def test_one_shared_sample_is_enough_to_refuse_a_calibration_set() -> None:
         DataError, match=r"1 of 7 calibration samples are evaluation samples \(calibration 0 is evaluation 5\)"
     ):
         require_disjoint(evaluation, shared)
+
+
+def digested(values: np.ndarray, batch: int = 2) -> tuple[np.ndarray, DigestedSource]:
+    """An array of one's own, and a source of it that was digested."""
+    mine = values.copy()
+    source = ArraySource(Samples({"x": mine}), len(mine))
+    return mine, DigestedSource(source, digest_of(source, inputs=INPUTS, batch=batch, where=""), "here")
+
+
+VALUES = np.arange(40, dtype=np.float32).reshape(10, 4)
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_a_batch_that_changed_is_never_given_however_early_its_taker_stops(changed: int) -> None:
+    mine, source = digested(VALUES)
+    mine[2 * changed + 1, 0] = -1.0
+    given = []
+    with pytest.raises(DataError, match=f"other samples or labels from {2 * changed} on"):
+        given.extend(batch.first for batch in islice(source.batches(2), changed + 1))
+    assert given == [2 * index for index in range(changed)]
+
+
+def test_batches_come_in_order_and_whole() -> None:
+    _, source = digested(VALUES)
+    for size in (1, 3, 10, 99):
+        given = [*source.batches(size)]
+        assert [batch.first for batch in given] == [*range(0, 10, size)]
+        assert np.array_equal(np.concatenate([batch.inputs["x"] for batch in given]), VALUES)
+
+
+def test_one_batch_is_given_without_another_being_read() -> None:
+    class Counting(ArraySource):
+        read = 0
+
+        def batches(self, size: int) -> Iterator[Batch]:
+            for each in super().batches(size):
+                Counting.read += 1
+                yield each
+
+    source = Counting(Samples({"x": VALUES}), 10)
+    held = DigestedSource(source, digest_of(source, inputs=INPUTS, batch=2, where=""), "here")
+    Counting.read = 0
+    assert next(held.batches(2)).first == 0
+    assert Counting.read == 1
+
+
+def test_what_the_taker_does_to_its_batch_is_not_blamed_on_the_source() -> None:
+    _, source = digested(VALUES)
+    for batch in source.batches(2):
+        batch.inputs["x"][...] = 7.0

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from gate.device import Gpu
 from gate.engines import backend
 from gate.engines.onnxruntime.providers import (
     cache_key,
@@ -192,10 +193,67 @@ def test_engine_that_is_compiled_at_load_is_not_sealed():
     assert backend("onnxruntime").unsealable(make_engine("cuda", "fp16")) is None
 
 
+def has_gpu_and_providers(monkeypatch, *, gpu=True):
+    """ONNX Runtime for GPUs, on a machine with or without one."""
+    monkeypatch.setattr("gate.engines.onnxruntime.backend._has_provider", lambda _: True)
+    found = Gpu(name="NVIDIA L4", compute_capability="8.9", driver="580.65") if gpu else None
+    monkeypatch.setattr("gate.device.gpu", lambda: found)
+
+
+def test_provider_without_a_gpu_is_unavailable_and_no_fault_of_the_spec(monkeypatch):
+    has_gpu_and_providers(monkeypatch, gpu=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    for provider, precision in (("cuda", "fp32"), ("cuda", "tf32"), ("tensorrt", "tf32"), ("tensorrt", "fp32")):
+        with pytest.raises(BackendUnavailable, match="there is no NVIDIA GPU here"):
+            backend("onnxruntime").require_supported(make_engine(provider, precision))
+
+
+def test_environment_that_contradicts_the_precision_is_refused_where_the_engine_could_run(monkeypatch):
+    has_gpu_and_providers(monkeypatch)
+    monkeypatch.setattr("gate.engines.onnxruntime.backend.OnnxRuntimeBackend.version", lambda _: "1.31.1")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    backend("onnxruntime").require_supported(make_engine("tensorrt", "fp32"))
+    with pytest.raises(SpecError, match="NVIDIA_TF32_OVERRIDE=0 turns TF32 off"):
+        backend("onnxruntime").require_supported(make_engine("cuda", "tf32"))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    backend("onnxruntime").require_supported(make_engine("cuda", "tf32"))
+    with pytest.raises(SpecError, match="has TF32 on and no option that turns it off"):
+        backend("onnxruntime").require_supported(make_engine("tensorrt", "fp32"))
+
+
+def test_old_version_without_the_provider_says_what_is_missing_and_not_that_it_is_old(monkeypatch):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("ONNX Runtime has CUDA here")
+    monkeypatch.setattr("gate.engines.onnxruntime.backend._installed", lambda: {"onnxruntime": "1.23.2"})
+    with pytest.raises(BackendUnavailable, match=r"onnxruntime 1\.23\.2\) has no CUDAExecutionProvider"):
+        backend("onnxruntime").require_supported(make_engine("cuda", "fp32"))
+
+
 def test_version_that_hides_a_fallback_is_refused(monkeypatch):
     import importlib.metadata
 
+    has_gpu_and_providers(monkeypatch)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.23.2")
     with pytest.raises(SpecError, match=r"1.23.2 does not tell which provider.*\n.*onnxruntime-gpu>=1.24.1"):
         backend("onnxruntime").require_supported(make_engine("cuda", "fp32"))
     backend("onnxruntime").require_supported(make_engine("cpu", "fp32"))
+
+
+def test_graph_of_the_teams_own_is_listed_in_the_precision_that_the_provider_computes_in(tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "n"]) for name in ("x", "w", "z")]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("Relu", ["y"], ["z"])]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", infos[:2], infos[2:])), tmp_path / "model.onnx")
+
+    def listed(precision):
+        record = backend("onnxruntime").describe(
+            tmp_path / "model.onnx", spec=SPEC, engine=make_engine("cuda", precision)
+        )
+        return {layer.type: layer.precision for layer in record.layers}
+
+    assert listed("tf32") == {"MatMul": "tf32", "Relu": "fp32"}
+    assert listed("fp32") == {"MatMul": "fp32", "Relu": "fp32"}

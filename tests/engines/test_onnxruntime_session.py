@@ -1,13 +1,19 @@
 """Sessions on a provider: what is missing is said, in ONNX Runtime's own words."""
 
-import os
-import subprocess
-import sys
-
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
-from gate.engines.onnxruntime.session import causes_in, not_loaded, open_session, preload_libraries, provider_list
+from gate.engines.onnxruntime.session import (
+    causes_in,
+    disabled_optimizers,
+    not_loaded,
+    open_session,
+    preload_libraries,
+    provider_list,
+)
 from gate.errors import BackendUnavailable
 from gate.spec import EngineOptions
 
@@ -75,33 +81,52 @@ def test_nodes_that_tensorrt_does_not_take_go_to_cuda_first():
     )
 
 
+def graph(tmp_path, activation, element, name="q.onnx"):
+    """x -> activation -> QuantizeLinear -> DequantizeLinear -> y, with steps of 1."""
+    zero = helper.make_tensor("zero", element, [], [0])
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [1.0])
+    limits = [
+        helper.make_tensor("low", TensorProto.FLOAT, [], [0.0]),
+        helper.make_tensor("high", TensorProto.FLOAT, [], [6.0]),
+    ]
+    inputs = ["x", "low", "high"] if activation == "Clip" else ["x"]
+    made = helper.make_graph(
+        [
+            helper.make_node(activation, inputs, ["a"]),
+            helper.make_node("QuantizeLinear", ["a", "scale", "zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+        [scale, zero, *(limits if activation == "Clip" else [])],
+    )
+    path = tmp_path / name
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), path)
+    return path
+
+
+X = np.array([-4, -1, 1, 4], np.float32)
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+@pytest.mark.parametrize("optimization", [None, "extended", "basic"])
+@pytest.mark.parametrize("element", [TensorProto.FLOAT8E4M3FN, TensorProto.INT8])
+def test_relu_before_a_quantiser_clamps_at_zero_at_each_optimisation(tmp_path, activation, optimization, element):
+    session = open_session(graph(tmp_path, activation, element), EngineOptions(optimization=optimization))
+    assert session.run(None, {"x": X})[0].tolist() == [0, 0, 1, 4]
+
+
+def test_only_fp8_graphs_do_without_optimisations(tmp_path):
+    assert disabled_optimizers(graph(tmp_path, "Relu", TensorProto.INT8)) == ()
+    assert disabled_optimizers(graph(tmp_path, "Relu", TensorProto.UINT8)) == ()
+    for element in (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2):
+        assert "ReluQuantRewrite" in disabled_optimizers(graph(tmp_path, "Relu", element))
+    plain = tmp_path / "plain.onnx"
+    plain.write_bytes(b"no graph")
+    assert disabled_optimizers(plain) == ()
+
+
 def test_looking_for_libraries_prints_nothing(capfd):
     preload_libraries(onnxruntime)
     assert capfd.readouterr() == ("", "")
-
-
-def test_native_errors_are_collected_and_stderr_is_given_back():
-    code = (
-        "import os, sys\n"
-        "from gate.engines.onnxruntime.session import _native_stderr\n"
-        "with _native_stderr() as said:\n"
-        "    os.write(2, b'inside')\n"
-        "os.write(2, b'outside')\n"
-        "print(said)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert (done.stdout, done.stderr) == ("['inside']\n", "outside")
-
-
-def test_closed_stderr_loses_the_cause_and_not_the_run():
-    code = (
-        "import os, sys\n"
-        "from gate.engines.onnxruntime.session import _native_stderr\n"
-        "os.close(2)\n"
-        "with _native_stderr() as said:\n"
-        "    pass\n"
-        "print(said)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
-    assert os.fstat(2)

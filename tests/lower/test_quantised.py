@@ -2,16 +2,22 @@
 
 import logging
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
+from gate.engines import backend
 from gate.errors import LoweringError
+from gate.export import onnx_from_torch
 from gate.lower import lower, tool_version
 from gate.precision import check_delivered_precision
-from gate.spec import LoweringSpec
+from gate.spec import EngineSpec, LoweringSpec
 from gate.verdict import Evidence, Status
+from tests.lower.conftest import IMAGES, SPEC
 
 WAYS = [
     ("int8", LoweringSpec()),
@@ -139,7 +145,7 @@ def test_what_model_optimizer_leaves_is_named(tmp_path, wide, batches):
     record = lower(wide, precision="fp8", out=tmp_path / "m.onnx", calibration=batches)
     assert any("1 of 4 compute nodes are not fp8" in note and "/module/one/Conv" in note for note in record.notes)
     assert record.opset >= 19
-    assert any("raised the opset from 17 to" in note for note in record.notes)
+    assert any(note == f"opset raised from 17 to {record.opset}" for note in record.notes)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -265,3 +271,83 @@ def test_slices_and_whole_batches_measure_the_same(tmp_path, wide, batches, monk
     for one, other in zip(whole.calibration.ranges, parts.calibration.ranges, strict=True):
         assert one.max_abs == pytest.approx(other.max_abs, rel=1e-5)
         assert one.high == other.high
+
+
+class Clamped(nn.Module):
+    """What each quantiser follows is a ReLU, or one that is clipped."""
+
+    def __init__(self, activation, width=32):
+        super().__init__()
+        self.activation = activation
+        self.one = nn.Conv2d(1, width, 3, padding=1)
+        self.two = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width * 64, 10)
+
+    def forward(self, image):
+        x = self.activation(self.two(self.activation(self.one(image))))
+        return {"logits": self.head(x.flatten(1))}
+
+
+def exported(tmp_path, module):
+    torch.manual_seed(0)
+    path = tmp_path / "model.onnx"
+    onnx_from_torch(module().eval(), spec=SPEC, out=path, feeds=[{"image": IMAGES[:4]}])
+    return path
+
+
+@pytest.mark.parametrize("activation", [torch.relu, nn.functional.relu6])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_network_of_relus_answers_the_same_at_each_optimisation(tmp_path, batches, precision, activation):
+    source, out = exported(tmp_path, lambda: Clamped(activation)), tmp_path / "lowered.onnx"
+    lower(source, precision=precision, out=out, calibration=batches)
+    fields = {"name": "e", "backend": "onnxruntime", "precision": precision, "parity": {}}
+    answers = {}
+    for optimization in ("disabled", "basic", "extended", "all"):
+        chosen = msgspec.convert({**fields, "options": {"optimization": optimization}}, EngineSpec)
+        with backend("onnxruntime").open(out, spec=SPEC, engine=chosen) as runner:
+            answers[optimization] = runner.run({"image": IMAGES})["logits"]
+    plain = answers.pop("disabled")
+    for each in answers.values():
+        assert np.sqrt(np.mean((each - plain) ** 2) / np.mean(plain**2)) < 5e-3
+
+
+def test_percentile_that_was_used_is_recorded(tmp_path, wide, batches):
+    def method(lowering):
+        record = lower(wide, precision="int8", out=tmp_path / "m.onnx", calibration=batches, lowering=lowering)
+        return record.calibration.percentile, record.calibration.method_text
+
+    assert method(LoweringSpec(method="percentile")) == (99.999, "percentile 99.999")
+    assert method(LoweringSpec(method="percentile", percentile=99.9)) == (99.9, "percentile 99.9")
+    assert method(LoweringSpec()) == (None, "minmax")
+
+
+def refused(*arguments, **more):
+    with pytest.raises(LoweringError, match="nothing was lowered: ") as caught:
+        lower(*arguments, **more)
+    assert str(caught.value).startswith("nothing was lowered")
+    return caught.value
+
+
+def test_network_too_narrow_for_fp8_names_its_channels(tmp_path, batches):
+    source = exported(tmp_path, lambda: Clamped(torch.relu, width=8))
+    error = refused(source, precision="fp8", out=tmp_path / "m.onnx", calibration=batches)
+    assert "no convolution or matrix product is wide enough for fp8" in error.message
+    assert "/module/one/Conv (1 to 8 channels), /module/two/Conv (8 to 8 channels)" in error.message
+    assert "512 to 10 channels" in error.message
+    assert "16 channels and fewer" in error.hint
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_excluding_everything_is_said_to_be_the_cause(tmp_path, wide, batches, precision):
+    lowering = LoweringSpec(exclude_ops=("Conv", "Gemm"))
+    error = refused(wide, precision=precision, out=tmp_path / "m.onnx", calibration=batches, lowering=lowering)
+    assert "every convolution and matrix product is excluded by the spec" in error.message
+    assert "exclude_ops" in error.hint
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_data_max_that_leaves_nothing_is_said_to_be_the_cause(tmp_path, wide, batches, precision):
+    out = tmp_path / "m.onnx"
+    error = refused(wide, precision=precision, out=out, calibration=batches, lowering=LoweringSpec(data_max=1e-3))
+    assert "data_max = 0.001 leaves every node in FP32" in error.message
+    assert error.hint == "Give a larger data_max, or leave it out."

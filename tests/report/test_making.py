@@ -4,7 +4,14 @@ import msgspec
 import pytest
 
 from gate.engines.interface import BuildRecord, CalibrationRecord, Layer, LoweringRecord, TensorRange
-from gate.report.making import making_lines, nodes_by_precision, reproduce_lines
+from gate.report.making import (
+    RANGE_HEADINGS,
+    calibrations,
+    making_lines,
+    nodes_by_precision,
+    range_rows,
+    reproduce_lines,
+)
 from gate.results import EngineResult
 
 LAYERS = (
@@ -15,6 +22,7 @@ LAYERS = (
 CALIBRATION = CalibrationRecord(
     tool="onnxruntime 1.31.1",
     method="percentile",
+    percentile=99.999,
     samples=200,
     sha256="0" * 64,
     ranges=(
@@ -55,8 +63,8 @@ def test_lowering_names_the_compute_nodes_in_another_precision():
 def test_calibration_says_samples_clipping_and_what_is_odd():
     told = [*making_lines(result())][1]
     assert told == (
-        "calibrated by onnxruntime 1.31.1, percentile, on 200 samples: 3 tensors, at most 2 % clipped (/wide), "
-        "1 outliers: /wide, 1 dead: /dead"
+        "calibrated by onnxruntime 1.31.1, percentile 99.999, on 200 samples: 3 tensors, at most 2 % clipped (/wide), "
+        "1 with outliers: /wide, 1 dead: /dead"
     )
 
 
@@ -64,7 +72,7 @@ def test_build_says_layers_time_log_and_what_it_was_made_with():
     told = [*making_lines(result(lowering=None))]
     assert told == [
         "layers by the inspector: 1 int8, 1 fp16; not int8: fc (MatrixMultiply, fp16)",
-        "built by tensorrt 8.6.0 in 12.3 s, 1 warnings or errors in its log",
+        "built by tensorrt 8.6.0 in 12.3 s, 1 warning or error in its log",
         f"made with libplug.so (sha256 {'ab' * 6}…)",
     ]
 
@@ -78,7 +86,7 @@ def test_the_graph_of_a_tf32_engine_is_an_fp32_one():
     copied = LoweringRecord(
         precision="tf32", tool="copy", tool_version="", opset=17, layers=(Layer("/c", "Conv", "fp32"),)
     )
-    assert [*making_lines(result(lowering=copied, build=None, precision="tf32"))] == ["lowered by copy: 1 fp32"]
+    assert [*making_lines(result(lowering=copied, build=None, precision="tf32"))] == ["taken as it is: 1 fp32"]
 
 
 def test_nodes_are_listed_by_their_precision():
@@ -100,9 +108,48 @@ def test_long_lists_say_how_many_are_left_out():
 
 
 def test_commands_that_reproduce_build_and_latency_are_given():
-    assert [*reproduce_lines(result())] == ["trtexec --onnx=model.onnx", "trtexec --loadEngine=model.plan"]
+    assert [*reproduce_lines(result())] == [
+        ("build by hand", "trtexec --onnx=model.onnx"),
+        ("time by hand", "trtexec --loadEngine=model.plan"),
+    ]
 
 
 @pytest.mark.parametrize("build", [None, msgspec.structs.replace(BUILD, command=None, run_command=None)])
 def test_where_there_is_no_tool_there_is_no_command(build):
     assert [*reproduce_lines(result(build=build))] == []
+
+
+def test_operators_of_pytorch_are_not_called_layers():
+    build = msgspec.structs.replace(BUILD, layers_source="dispatch", layers=BUILD.layers[:1])
+    assert next(iter(making_lines(result(lowering=None, build=build)))) == "operators run (dispatch): 1 int8"
+
+
+def test_one_tensor_of_one_sample_is_singular():
+    one = msgspec.structs.replace(CALIBRATION, ranges=CALIBRATION.ranges[1:2], samples=1)
+    build = msgspec.structs.replace(BUILD, calibration=one)
+    told = next(iter(making_lines(result(lowering=None, build=build))))
+    assert told.endswith("on 1 sample: 1 tensor, 1 dead: /dead")
+
+
+def test_ranges_have_a_row_each_with_dashes_for_what_was_not_counted():
+    (record,) = calibrations(result())
+    seen = msgspec.structs.replace(record.ranges[2], max_abs=90.0, p999_abs=0.5)
+    found = [*range_rows(msgspec.structs.replace(record, ranges=(record.ranges[1], seen)))]
+    assert found == [
+        ("/dead", "0", "0", "-", "-", "-", "dead"),
+        ("/wide", "-9", "9", "90", "0.500", "2 %", "outliers"),
+    ]
+    assert all(len(row) == len(RANGE_HEADINGS) for row in found)
+
+
+def test_two_hundred_ranges_are_listed_and_the_others_counted():
+    many = msgspec.structs.replace(CALIBRATION, ranges=CALIBRATION.ranges * 100)
+    found = [*range_rows(many)]
+    assert len(found) == 201
+    assert found[-1][0] == "100 more, all in report.json"
+
+
+def test_calibration_of_the_compiler_is_found_too():
+    build = msgspec.structs.replace(BUILD, calibration=CALIBRATION)
+    assert calibrations(result(lowering=None, build=build)) == (CALIBRATION,)
+    assert calibrations(result(lowering=None)) == ()

@@ -51,3 +51,18 @@ def test_an_error_without_a_verdict_is_an_annotation_too():
     expected = "::error file=a.toml,line=7,title=gate%3A no verdict on a.toml::a.toml:7: needs a limit%0Aadd one"
     assert github_error(err, spec="a.toml") == expected
     assert github_error(SpecError("wrong"), spec="a.toml").startswith("::error file=a.toml,line=1,title=")
+
+
+def test_warnings_stand_in_the_first_lines():
+    engine = runs.engine("ort-int8", runs.PASSES, warnings=("calibrated on 4 samples | few",))
+    assert markdown(runs.run_of(engine)).splitlines()[2] == "**WARNING** `ort-int8`: calibrated on 4 samples \\| few"
+
+
+def test_ranges_of_a_calibrated_engine_are_a_folded_table():
+    from tests.report.test_making import LOWERING
+
+    text = markdown(runs.run_of(runs.engine("ort-int8", runs.PASSES, lowering=LOWERING)))
+    assert "<details><summary>ranges of 3 calibrated tensors</summary>" in text
+    assert "| tensor | low | high | largest seen | 99.9 % within | clipped | state |" in text
+    assert "| /stem/out | -1 | 1 | - | - | 0.03 % | ok |" in text
+    assert "ranges of" not in markdown(runs.PASSED)

@@ -40,9 +40,9 @@ def test_the_failing_engine_is_explained_with_sample_cause_command_and_page():
     lines = render(runs.FAILED, report="out/report.md").splitlines()
     block = lines[lines.index("FAILED  ort-int8  parity.rel_rmse: 9.7e-03 > 5.0e-03 (gate.toml:41)") :]
     assert [line.strip() for line in block[1:5]] == [
+        "likely cause: 2 activations clip",
         "worst sample 512 (label 8, reference 8 by 0.31, engine 3)",
         "also FAILED: task.top1_drop_pp: 0.12 pp [0.110 to 0.130 pp] > 0.10 pp (gate.toml:41)",
-        "likely cause: 2 activations clip",
         "next: gate check examples/digits/gate.toml --engine ort-int8 --verbose   ·   gate explain parity.rel_rmse",
     ]
     assert lines[-1] == "report: out/report.md          exit 1 (failed)"
@@ -169,3 +169,81 @@ def test_what_decides_an_inconclusive_finding_is_said_of_each():
 
 def test_a_command_that_ends_with_another_code_does_not_promise_this_one():
     assert "exit " not in render(runs.PASSED, exit_line=False)
+
+
+def block(run, **options):
+    """The lines that explain the first engine that did not pass."""
+    _, _, below = render(run, **options).partition("\nFAILED  ")
+    return [line.strip() for line in below.partition("\n\n")[0].splitlines()]
+
+
+def test_warnings_stand_below_the_table_of_a_run_that_passed():
+    run = runs.run_of(runs.engine("ort-int8", runs.PASSES, warnings=("calibrated on 4 samples", "1 tensor is dead")))
+    lines = render(run).splitlines()
+    assert lines[0].startswith("PASSED")
+    assert lines[6:9] == ["", "WARNING  ort-int8  calibrated on 4 samples", "WARNING  ort-int8  1 tensor is dead"]
+    assert "WARNING" not in render(runs.PASSED)
+
+
+def test_more_than_two_other_failures_are_named_in_one_line():
+    names = ["parity.max_abs", "task.top1", "parity.cosine", "latency.p50_ms", "latency.p99_ms"]
+    others = [runs.finding(name, 1.0) for name in names]
+    unsure = runs.finding("task.top5", 0.96, 0.95, kind="at_least", interval=(0.94, 0.98))
+    run = runs.run_of(runs.engine("ort", runs.finding(), *others, unsure))
+    told = [line for line in block(run) if line.startswith("also")]
+    assert told == [
+        "also FAILED: parity.max_abs, task.top1, parity.cosine and 2 more; --verbose lists them",
+        "also INCONCLUSIVE: task.top5; --verbose lists them",
+    ]
+    two = block(runs.run_of(runs.engine("ort", runs.finding(), *others[:2])))
+    assert [line.partition(": 1 ")[0] for line in two if line.startswith("also")] == [
+        "also FAILED: parity.max_abs",
+        "also FAILED: task.top1",
+    ]
+
+
+def test_the_likely_cause_is_no_note_on_how_the_engine_was_made():
+    from gate.engines.interface import LoweringRecord
+
+    made = LoweringRecord(
+        precision="fp16", tool="t", tool_version="1", opset=17, layers=(), notes=("opset raised from 17 to 19",)
+    )
+    notes = ("opset raised from 17 to 19", "the engine's values are 2 times the reference's", "built 2 times: alike")
+    lines = block(runs.run_of(runs.engine("ort", runs.finding(), notes=notes, lowering=made)))
+    assert lines[1] == "likely cause: the engine's values are 2 times the reference's"
+    assert "opset raised from 17 to 19" in lines
+    assert "built 2 times: alike" in lines
+    assert not any("likely" in line for line in block(runs.run_of(runs.engine("ort", runs.finding(), lowering=made))))
+
+
+def test_what_is_verbose_already_does_not_propose_it():
+    screen = render(runs.FAILED, verbose=True)
+    assert "--verbose" not in screen
+    assert screen.splitlines()[0].endswith("next: gate explain parity.rel_rmse")
+    assert block(runs.FAILED, verbose=True)[-1] == "next: gate explain parity.rel_rmse"
+
+
+def test_commands_by_hand_say_what_each_does():
+    from gate.engines.interface import BuildRecord
+
+    build = BuildRecord(
+        backend="tensorrt",
+        backend_version="10",
+        precision="fp16",
+        options={},
+        profile={},
+        command="trtexec --onnx=a",
+        run_command="trtexec --loadEngine=b",
+    )
+    screen = render(runs.run_of(runs.engine("trt", runs.PASSES, build=build)), verbose=True)
+    assert "  build by hand: trtexec --onnx=a\n  time by hand: trtexec --loadEngine=b\n" in screen
+
+
+def test_a_warning_is_the_likely_cause_of_other_answers_alone():
+    warnings = ("calibrated on 4 samples", "calibration input 'x' is 255 x larger")
+    notes = ("worst sample 7: label 1",)
+    lines = block(runs.run_of(runs.engine("ort", runs.finding(), warnings=warnings, notes=notes)))
+    assert lines[1] == "likely cause: calibration input 'x' is 255 x larger"
+    assert "worst sample 7: label 1" in lines
+    slow = runs.run_of(runs.engine("ort", runs.finding("latency.p50_ms", 9.0), warnings=warnings))
+    assert not any("likely" in line for line in block(slow))

@@ -11,7 +11,12 @@ import onnx
 import pytest
 
 from gate.cache import Cache
+from gate.engines.fake import FakeBackend
+from gate.errors import BackendUnavailable, SpecError
+from gate.pipeline import not_run_reason
+from gate.spec import EngineSpec, read_spec
 from gate.steps.make import graph_digest
+from gate.verdict import Evidence
 from tests.withstand.conftest import Project
 
 UNRELIABLE = """
@@ -186,7 +191,6 @@ def test_a_scalar_output_is_recorded_as_a_scalar(tmp_path: Path) -> None:
 
 
 def test_recording_does_not_replace_what_is_no_recording(project: Project) -> None:
-    from gate.errors import SpecError
     from gate.pipeline import CheckOptions, Silence, record
     from gate.spec import read_spec
 
@@ -195,3 +199,130 @@ def test_recording_does_not_replace_what_is_no_recording(project: Project) -> No
         with pytest.raises(SpecError, match="is no recording, so it is not replaced"):
             record(read_spec(project.spec), path, CheckOptions(cache=project.cache), Silence())
     assert project.spec.read_bytes() == kept
+
+
+def test_another_factory_of_the_same_weights_renews_the_reference(project: Project) -> None:
+    path = project.folder / "two.py"
+    path.write_text(
+        path.read_text()
+        + "\n\nclass Other(TwoOutputs):\n    def forward(self, images):\n        found = super().forward(images)\n"
+        + '        return {**found, "logits": 1.5 * found["logits"]}\n\n\ndef other():\n    return Other().eval()\n'
+    )
+    assert project.check().code == 0
+    project.edit(('"two:load"', '"two:other"'))
+    outcome = project.check()
+    assert outcome.code == 1, outcome.text
+    assert "parity.rel_rmse[logits]" in outcome.failing
+
+
+def _quantised_from_a_recording(project: Project) -> None:
+    project.edit(('precision = "fp32"\nonnx = "engine.onnx"', 'precision = "int8"'))
+    project.edit(("  [engine.parity]\n", ""), ("top1_drop_at_most_pp = 0.5", "top1_drop_at_most_pp = 5.0"))
+    assert project.gate("record", str(project.spec), "-o", "recorded", "--cache", str(project.cache)).code == 0
+    outcome = project.check("--reference", "recorded")
+    assert outcome.code == 0, outcome.text
+
+
+def test_a_recording_calibrated_on_other_samples_or_exported_otherwise_is_refused(project: Project) -> None:
+    _quantised_from_a_recording(project)
+    project.edit(("calibration_samples = 100", "calibration_samples = 90"))
+    outcome = project.check("--reference", "recorded")
+    assert outcome.code != 0
+    assert "the recorded graph in int8 was calibrated on other samples" in outcome.text
+    assert "gate record" in outcome.text
+    project.edit(
+        ("calibration_samples = 90", "calibration_samples = 100"),
+        ('factory = "two:load"', 'factory = "two:load"\nopset = 17'),
+    )
+    outcome = project.check("--reference", "recorded")
+    assert outcome.code != 0
+    assert "recorded with opset 18, the spec says 17" in outcome.text
+
+
+EAGER = """
+[[engine]]
+name = "eager"
+backend = "torch"
+precision = "fp32"
+optional = true
+  [engine.parity]
+"""
+
+
+def test_an_engine_made_from_the_model_is_not_run_from_a_recording(project: Project) -> None:
+    project.spec.write_text(project.spec.read_text() + EAGER)
+    assert project.gate("record", str(project.spec), "-o", "recorded", "--cache", str(project.cache)).code == 0
+    outcome = project.check("--reference", "recorded")
+    assert outcome.code == 0, outcome.text
+    assert outcome.report is not None
+    not_run = {each["name"]: each["not_run"] for each in outcome.report["engines"]}
+    assert not_run["candidate"] is None
+    assert "made from the model itself, and a recording has only its answers" in not_run["eager"]
+    file = read_spec(project.spec)
+    assert not_run_reason(file.engine("eager"), file) is None
+    assert not_run_reason(file.engine("eager"), file, reference=Path("recorded")) == not_run["eager"]
+    project.edit(("optional = true\n", ""))
+    outcome = project.check("--reference", "recorded")
+    assert outcome.code == 2, outcome.text
+    assert "engine 'eager' is made from the model itself" in outcome.text
+    assert outcome.report is None
+
+
+def _needing_a_gpu(name: str, options: str, precision: str = "tf32") -> str:
+    return (
+        f'\n[[engine]]\nname = "{name}"\nbackend = "onnxruntime"\nprecision = "{precision}"\nonnx = "engine.onnx"\n'
+        f"optional = true\noptions = {options}\n  [engine.parity]\n"
+    )
+
+
+def test_optional_engines_that_cannot_run_here_are_not_run_whatever_the_environment_says(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("gate.device.gpu", lambda: None)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    project.spec.write_text(project.spec.read_text() + _needing_a_gpu("on-gpu", '{ provider = "cuda" }'))
+    outcome = project.check()
+    assert outcome.code == 0, outcome.text
+    assert outcome.report is not None
+    assert outcome.report["engines"][1]["not_run"] is not None
+
+
+def test_where_no_engine_can_run_each_is_named_once_beside_its_reason(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gate.device.gpu", lambda: None)
+    text = project.spec.read_text()
+    added = [_needing_a_gpu(name, '{ provider = "cuda" }', "fp32") for name in ("one", "two")]
+    project.spec.write_text(text[: text.index("[[engine]]")] + "".join(added))
+    outcome = project.check()
+    assert outcome.code == 3, outcome.text
+    lines = outcome.text.splitlines()
+    first = next(index for index, line in enumerate(lines) if "no engine can run here" in line)
+    assert lines[first + 1].startswith("  one, two: asks for provider = 'cuda', and ")
+    assert lines[first + 2] == f"next: gate doctor --spec {project.spec}"
+    assert outcome.text.count("one, two") == outcome.text.count("one") == 1
+
+
+@pytest.mark.parametrize("evidence", [None, Evidence.DEVICE])
+def test_an_option_that_a_version_lacks_is_an_error_only_where_the_engine_could_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch, evidence: Evidence | None
+) -> None:
+    class Old(FakeBackend):
+        def require_supported(self, engine: EngineSpec) -> None:
+            raise SpecError(f"engine {engine.name!r}: 8.6 has no such option")
+
+    monkeypatch.setattr("gate.pipeline.backend_named", lambda _: Old(dict, evidence=evidence))
+    project.edit(('backend = "onnxruntime"', 'backend = "tensorrt"\noptional = true'))
+    file = read_spec(project.spec)
+    if evidence is not None:
+        with pytest.raises(SpecError, match="8.6 has no such option"):
+            not_run_reason(file.engine("candidate"), file)
+        return
+    reason = not_run_reason(file.engine("candidate"), file)
+    assert reason is not None
+    assert "can only compile on this machine; besides, engine 'candidate': 8.6 has no such option" in reason
+    project.edit(("optional = true\n", ""))
+    file = read_spec(project.spec)
+    with pytest.raises(BackendUnavailable, match="can only compile on this machine; besides, .*8.6 has no such option"):
+        not_run_reason(file.engine("candidate"), file)

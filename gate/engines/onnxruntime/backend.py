@@ -19,7 +19,7 @@ from gate.engines.interface import BuildRecord, Layer, Origin, Resources
 from gate.engines.onnxruntime.placement import CPU_NODES_AT_MOST
 from gate.engines.onnxruntime.providers import CPU, NAMES, TF32_OVERRIDE, require_options
 from gate.engines.onnxruntime.runner import OnnxRuntimeRunner, read_model
-from gate.engines.onnxruntime.session import open_session
+from gate.engines.onnxruntime.session import disabled_optimizers, open_session
 from gate.errors import BackendUnavailable, BuildError, RunError, SpecError
 from gate.precision import COMPUTE_TYPES
 from gate.spec import EngineSpec, GateSpec
@@ -93,29 +93,27 @@ class OnnxRuntimeBackend:
         return None
 
     def require_supported(self, engine: EngineSpec) -> None:
-        """Hold a GPU provider's options and the installed version against what is asked.
+        """Hold a GPU provider's options, and then the machine and what is installed, against what is asked.
+
+        What is wrong on every machine is said first, what only this one lacks second, and what one would change on a
+        machine that has it last.
 
         Raises:
-            SpecError: An option is unknown or contradicts the precision, or the version does not say which provider
-                runs a node.
-            BackendUnavailable: What is installed has no such provider.
+            SpecError: An option is unknown or contradicts the precision or the environment, or the version does not
+                say which provider runs a node.
+            BackendUnavailable: What is installed has no such provider, or there is no GPU.
         """
-        require_options(engine)
+        require_options(engine, {TF32_OVERRIDE: "0"} if engine.precision == "fp32" else {})
         if not engine.needs_gpu:
             return
+        _require_provider_and_gpu(engine)
+        require_options(engine)
         version = self.version()
         if _release(version) < _SINCE:
             raise SpecError(
                 f"engine {engine.name!r} asks for provider = {engine.options.provider!r}, and ONNX Runtime {version} does "
                 "not tell which provider runs a node, so a silent fallback to the CPU would not be seen",
                 hint=f'pip install "onnxruntime-gpu>={".".join(map(str, _SINCE))}"',
-            )
-        if not _has_provider(_provider(engine)):
-            listed = ", ".join(f"{name} {each}" for name, each in _installed().items())
-            raise BackendUnavailable(
-                f"engine {engine.name!r} asks for provider = {engine.options.provider!r}, and what is installed "
-                f"({listed}) has no {_provider(engine)}",
-                hint="pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
             )
 
     def build(
@@ -184,7 +182,7 @@ class OnnxRuntimeBackend:
             precision=engine.precision,
             options={"plan": path.name},
             profile=profile_of(spec),
-            layers=layers_of(model),
+            layers=_as_computed(layers_of(model), engine),
             layers_source="graph",
         )
 
@@ -215,7 +213,8 @@ class OnnxRuntimeBackend:
 
 def _proved_on_cpu(onnx: Path, engine: EngineSpec) -> dict[str, Any]:
     open_session(onnx, engine.options)
-    return {}
+    disabled = disabled_optimizers(onnx)
+    return {"disabled_optimizers": list(disabled)} if disabled else {}
 
 
 def _proved_on_gpu(onnx: Path, spec: GateSpec, engine: EngineSpec) -> dict[str, Any]:
@@ -247,6 +246,28 @@ def _installed() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _require_provider_and_gpu(engine: EngineSpec) -> None:
+    """Hold what an engine on a GPU needs against this machine.
+
+    Raises:
+        BackendUnavailable: What is installed has no such provider, or there is no GPU.
+    """
+    from gate.device import gpu
+
+    asked = f"engine {engine.name!r} asks for provider = {engine.options.provider!r}"
+    if not _has_provider(_provider(engine)):
+        listed = ", ".join(f"{name} {each}" for name, each in _installed().items())
+        raise BackendUnavailable(
+            f"{asked}, and what is installed ({listed}) has no {_provider(engine)}",
+            hint="pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
+        )
+    if gpu() is None:
+        raise BackendUnavailable(
+            f"{asked}, and there is no NVIDIA GPU here",
+            hint="Run it on a machine with one, or set optional = true to list it as NOT RUN here.",
+        )
 
 
 def _has_provider(name: str) -> bool:

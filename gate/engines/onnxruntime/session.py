@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import os
+import mmap
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,17 @@ _LOCATED = re.compile(r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE = re.compile(r"^/\S+\.(?:cc|h):\d+ .*?\) (?=[A-Z])")
 _COLOUR = re.compile(r"\x1b?\[[0-9;]*m")
 _LIBRARY = re.compile(r"\b(lib\w+)\.so\.(\d+)")
+_QUANTIZER = b"QuantizeLinear"
+_FLOAT8_TYPES = range(17, 21)
+"""Source: onnx.proto3, TensorProto.DataType: FLOAT8E4M3FN, FLOAT8E4M3FNUZ, FLOAT8E5M2, FLOAT8E5M2FNUZ."""
+
+_WRONG_FOR_FP8 = ("ReluQuantRewrite", "ClipQuantRewrite")
+"""Rewrites that take a Relu or Clip away before a QuantizeLinear since its integers are clamped anyway.
+
+For fp8 the first reads the zero point as the lowest value, and takes a Relu away that mattered; the second refuses the
+graph. Source: ONNX Runtime 1.31, optimizer/qdq_transformer/relu_quantizelinear.cc and clip_quantizelinear.cc.
+"""
+
 _TENSORRT_LIBRARIES = ("libnvinfer.so.*", "libnvinfer_plugin.so.*", "libnvonnxparser.so.*")
 
 Providers = Sequence[tuple[str, Mapping[str, str]]]
@@ -57,15 +67,18 @@ def open_session(path: Path, options: EngineOptions, *, providers: Providers = (
             hint="pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
         )
     settings = _settings(onnxruntime, options)
+    disabled = disabled_optimizers(path)
     if asked == CPU:
         onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
-        return _cpu_session(onnxruntime, path, settings)
+        return _cpu_session(onnxruntime, path, settings, disabled)
     preload_libraries(onnxruntime)
     settings.add_session_config_entry(RECORD_ENTRY, "1")
     arguments = [(name, dict(given)) for name, given in providers]
     onnxruntime.set_default_logger_severity(_FATAL_ONLY)
     try:
-        session = onnxruntime.InferenceSession(str(path), settings, providers=arguments, enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            str(path), settings, providers=arguments, enable_fallback=0, disabled_optimizers=disabled
+        )
     except Exception as err:
         text = _SOURCE.sub("", text_of(err))
         if type(err) is not RuntimeError:
@@ -79,6 +92,39 @@ def open_session(path: Path, options: EngineOptions, *, providers: Providers = (
         del session
         raise not_loaded(asked, _causes(onnxruntime, path, settings, arguments), cuda=_cuda_of(onnxruntime))
     return session
+
+
+def disabled_optimizers(path: Path) -> tuple[str, ...]:
+    """The graph optimisations of ONNX Runtime that must not run on a graph, by name: some are wrong for fp8.
+
+    Args:
+        path: The ONNX file; its external data is not read.
+    """
+    return _WRONG_FOR_FP8 if _quantizes_to_fp8(path) else ()
+
+
+def _quantizes_to_fp8(path: Path) -> bool:
+    """Whether a graph has Q/DQ and any fp8; `onnx` is loaded for graphs with Q/DQ alone."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        if view.find(_QUANTIZER) < 0:
+            return False
+    try:
+        import onnx
+
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception:  # noqa: BLE001 - what cannot be read is not run either; and without onnx, slower is safer than wrong
+        return True
+    tensors = onnx.external_data_helper._get_all_tensors(model)  # noqa: SLF001 - onnx has no public walk over all tensors
+    if any(tensor.data_type in _FLOAT8_TYPES for tensor in tensors):
+        return True
+    nodes = (*model.graph.node, *(node for function in model.functions for node in function.node))
+    return any(
+        attribute.name in ("output_dtype", "to") and attribute.i in _FLOAT8_TYPES
+        for node in nodes
+        for attribute in node.attribute
+    )
 
 
 def not_loaded(asked: str, causes: Sequence[str], *, cuda: str) -> BackendUnavailable:
@@ -165,9 +211,9 @@ def _settings(onnxruntime: Any, options: EngineOptions) -> Any:
     return settings
 
 
-def _cpu_session(onnxruntime: Any, path: Path, settings: Any) -> Any:
+def _cpu_session(onnxruntime: Any, path: Path, settings: Any, disabled: tuple[str, ...]) -> Any:
     try:
-        session = onnxruntime.InferenceSession(str(path), settings, providers=[CPU])
+        session = onnxruntime.InferenceSession(str(path), settings, providers=[CPU], disabled_optimizers=disabled)
     except Exception as err:
         text = text_of(err)
         if "bfloat16" in text.lower() or _is_bf16(path):
@@ -199,34 +245,11 @@ def _causes(onnxruntime: Any, path: Path, settings: Any, arguments: Any) -> tupl
     """What ONNX Runtime logs when it leaves the provider out: it is made to do so again, and listened to."""
     onnxruntime.set_default_logger_severity(_WARNINGS)
     try:
-        with _native_stderr() as said, contextlib.suppress(Exception):
+        with quiet() as chatter, contextlib.suppress(Exception):
             onnxruntime.InferenceSession(str(path), settings, providers=arguments, enable_fallback=0)
     finally:
         onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
-    return causes_in("".join(said))
-
-
-@contextlib.contextmanager
-def _native_stderr() -> Iterator[list[str]]:
-    """Collect what native code writes to file descriptor 2; the list is filled when the block ends.
-
-    Nothing is collected where the descriptor is closed.
-    """
-    said: list[str] = []
-    try:
-        kept = os.dup(2)
-    except OSError:
-        yield said
-        return
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            said.append(file.read().decode(errors="replace"))
+    return causes_in(chatter.native())
 
 
 def _cuda_of(onnxruntime: Any) -> str:

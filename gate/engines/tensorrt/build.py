@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import fnmatch
 import time
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _FLOATS = ("FLOAT", "HALF", "BF16")
 _QUANTIZING = ("QUANTIZE", "DEQUANTIZE")
+_MAJOR_WITH_CUDNN = 8
+_CUDNN = "libcudnn_ops_infer.so.8"
 _TIMING_LIMIT_BYTES = 1024 * 1024 * 1024
 _NEAR = 3
 _MIB = 1 << 20
@@ -377,7 +380,10 @@ def _read_timing_cache(job: _Job, config: tensorrt.IBuilderConfig) -> Any:
 
     Returns:
         The cache, which the config refers to and does not own: keep it until the build is over. None where no file is
-        named. Source: TensorRT 8.6.0 aborts the process where it was freed before.
+        named.
+
+    Raises:
+        BuildError: The file cannot be read, or this version cannot write one here.
     """
     if job.engine.options.timing_cache is None:
         return None
@@ -386,6 +392,7 @@ def _read_timing_cache(job: _Job, config: tensorrt.IBuilderConfig) -> Any:
         data = atomic.read_regular(path, limit_bytes=_TIMING_LIMIT_BYTES) if path.exists() else b""
     except BundleError as err:
         raise BuildError(f"the timing cache {err.message}", where=str(path)) from err
+    _require_cudnn_for_timings(job)
     before = job.log.count
     cache: Any = config.create_timing_cache(data)
     refused = cache is None or (bool(data) and job.log.count > before)
@@ -396,6 +403,26 @@ def _read_timing_cache(job: _Job, config: tensorrt.IBuilderConfig) -> Any:
         cache = job.required(config.create_timing_cache(b""), "has no timing cache")
         config.set_timing_cache(cache, False)
     return cache
+
+
+def _require_cudnn_for_timings(job: _Job) -> None:
+    """Refuse what would end the process: TensorRT 8 asks cuDNN's version for its timing cache, and aborts without it.
+
+    Source: TensorRT 8.6.0 on an H200, `ITimingCache.serialize`: "Could not load library libcudnn_ops_infer.so.8", SIGABRT.
+
+    Raises:
+        BuildError: cuDNN is not here.
+    """
+    if job.name != "tensorrt" or api.major(job.trt) != _MAJOR_WITH_CUDNN:
+        return
+    try:
+        ctypes.CDLL(_CUDNN)
+    except OSError as err:
+        raise BuildError(
+            f"{job.name} {job.version} writes a timing cache with cuDNN 8, which is not here ({err})",
+            where=job.engine.options.timing_cache,
+            hint="pip install nvidia-cudnn-cu12==8.9.7.29, with its lib folder on LD_LIBRARY_PATH; or leave timing_cache out.",
+        ) from err
 
 
 def _write_timing_cache(job: _Job, cache: Any) -> dict[str, str]:

@@ -7,6 +7,12 @@ from collections.abc import Callable
 
 from gate.errors import BackendUnavailable
 
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+"""0 switches TF32 off in every NVIDIA library, whatever PyTorch asks for; 1 is taken for on.
+
+Source: the cuBLAS documentation, NVIDIA_TF32_OVERRIDE, which describes 0 alone.
+"""
+
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACE = ":4096:8"
 """With it cuBLAS gives the same product twice.

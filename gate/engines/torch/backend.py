@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import time
@@ -88,12 +89,13 @@ class TorchBackend:
         )
 
     def require_supported(self, engine: EngineSpec) -> None:
-        """Hold the options against the installed version.
+        """Hold the options against the installed version, and the precision against the environment.
 
         Raises:
-            SpecError: It has no AOTInductor packages.
+            SpecError: It has no AOTInductor packages, or TF32 is switched against the precision.
         """
         version = self.version()
+        require_tf32(engine)
         if mode_of(engine) == "aotinductor" and _numbers(version) < _FIRST_WITH_PACKAGES:
             raise SpecError(
                 f'mode = "aotinductor" needs PyTorch {".".join(map(str, _FIRST_WITH_PACKAGES))} or later, here is {version}',
@@ -130,7 +132,8 @@ class TorchBackend:
                 program = package.exported_program(made, spec=spec, feed=feed, tensors=tensors)
                 layers = layers_from_operators(exported(program), tf32=tf32_of(made.device))
                 progress("compile", None)
-                log = package.write_package(program, out, package.description(made, version))
+                told = package.description(made, version, precision=engine.precision, layers=layers)
+                log = package.write_package(program, out, told)
             else:
                 layers = _dispatched_layers(made, tensors)
                 atomic.write_bytes(out, _identity(module, engine=engine, version=version))
@@ -159,7 +162,7 @@ class TorchBackend:
         )
 
     def describe(self, path: Path, *, spec: GateSpec, engine: EngineSpec) -> BuildRecord:
-        """What a package of the team's own says of itself; its layers are not in it.
+        """What a package of the team's own says of itself; its layers, where the gate made it.
 
         Raises:
             RunError: It is no package, truncated or damaged.
@@ -169,9 +172,10 @@ class TorchBackend:
             backend=self.name,
             backend_version=said.torch or self.version(),
             precision=engine.precision,
-            options={"mode": "aotinductor", "device": said.device, "plan": path.name},
+            options={"mode": "aotinductor", "device": said.device, "plan": path.name, "made_in": said.precision},
             profile=profile_of(spec),
-            layers_source="not listed: a package does not hold them",
+            layers=said.layers,
+            layers_source="package" if said.layers else "not listed: only packages that the gate made hold them",
         )
 
     def open(
@@ -217,6 +221,27 @@ class TorchBackend:
         arithmetic.require_device(device)
         function = package.load_package(path)
         return _runner(function, spec=spec, engine=engine, dtypes=told.outputs, where=str(path))
+
+
+def require_tf32(engine: EngineSpec, environment: Mapping[str, str] | None = None) -> None:
+    """Refuse a precision on the GPU that the environment overrides.
+
+    Args:
+        engine: What was asked for.
+        environment: Left out: the process's.
+
+    Raises:
+        SpecError: NVIDIA_TF32_OVERRIDE switches TF32 off or on, and the precision is the other one.
+    """
+    name = arithmetic.TF32_OVERRIDE
+    value = (os.environ if environment is None else environment).get(name)
+    does = {("tf32", "0"): "off", ("fp32", "1"): "on"}.get((engine.precision, value or ""))
+    if does is not None and device_of(engine) == "cuda":
+        raise SpecError(
+            f"{name}={value} turns TF32 {does}, and the precision is {engine.precision!r}",
+            where=f"engine {engine.name!r}",
+            hint=f"unset {name}",
+        )
 
 
 def _runner(

@@ -17,6 +17,17 @@ from gate.spec import GateSpec
 from gate.tensors import Array, NamedArrays, TensorMeta
 
 _NS_PER_MS = 1_000_000
+_NO_COMPILER = ("No working C++ compiler found", "Failed to find C compiler", "InvalidCxxCompiler")
+"""Source: `torch/_inductor/exc.py`; Triton's `runtime/build.py`."""
+
+
+def lacks_compiler(err: BaseException | None) -> bool:
+    """Whether PyTorch's compiler failed for want of a C or C++ compiler."""
+    while err is not None:
+        if any(each in f"{type(err).__name__}: {err}" for each in _NO_COMPILER):
+            return True
+        err = err.__cause__ or err.__context__
+    return False
 
 
 class TorchEngineRunner:
@@ -153,6 +164,11 @@ class TorchEngineRunner:
             with self._guard():
                 return function(*tensors)
         except Exception as err:
+            if self._mode == "compile" and lacks_compiler(err):
+                raise RunError(
+                    "torch.compile needs a C++ compiler, and finds none here",
+                    hint='sudo apt-get install g++, or mode = "eager"',
+                ) from err
             raise failure_of(err, where=self._where, error=RunError, doing=f"PyTorch ({self._mode})") from err
 
     def _widened(self, result: Any) -> dict[str, Any]:

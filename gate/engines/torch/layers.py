@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gate.engines.interface import Layer
+from gate.engines.torch.arithmetic import TF32_OVERRIDE
 from gate.precision import COMPUTE_TYPES
 
 ONNX_TYPES: Mapping[str, str] = {
@@ -110,12 +112,20 @@ def layers_from_operators(
     return tuple(layers)
 
 
-def tf32_of(device: str) -> Callable[[str], bool]:
-    """Whether FP32 layers of a type run in TF32 on a device, by PyTorch's switches as they are now and by the GPU."""
+def tf32_of(device: str, *, environment: Mapping[str, str] | None = None) -> Callable[[str], bool]:
+    """Whether FP32 layers of a type run in TF32 on a device: by PyTorch's switches as they are now, and by the GPU.
+
+    Args:
+        device: `cpu` or `cuda`.
+        environment: Whose `NVIDIA_TF32_OVERRIDE` stands above the switches; left out: the process's.
+    """
     import torch
 
-    if device == "cpu" or torch.cuda.get_device_capability() < _FIRST_WITH_TF32:
+    override = (os.environ if environment is None else environment).get(TF32_OVERRIDE)
+    if device == "cpu" or override == "0" or torch.cuda.get_device_capability() < _FIRST_WITH_TF32:
         return lambda _: False
+    if override == "1":
+        return lambda _: True
     convolutions = bool(torch.backends.cudnn.allow_tf32)
     products = torch.get_float32_matmul_precision() != "highest"
     by_cudnn = ("Conv", "ConvTranspose", "GRU", "LSTM", "RNN")

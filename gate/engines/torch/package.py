@@ -16,6 +16,8 @@ import msgspec
 
 from gate.chatter import quiet
 from gate.device import Gpu, fingerprint, gpu
+from gate.engines.interface import Layer
+from gate.engines.torch.engine import lacks_compiler
 from gate.engines.torch.module import Device, EngineModule, named
 from gate.errors import BuildError, IncompatibleEngine, RunError
 from gate.spec import GateSpec, InputSpec
@@ -25,7 +27,7 @@ KEY = "gate"
 """Under which the gate's own description stands in a package's metadata."""
 
 _METADATA = "_metadata.json"
-_LIMIT_BYTES = 1 << 20
+_LIMIT_BYTES = 1 << 26
 _LOG_LINES = 12
 _ISA = {
     "AVX2": "avx2",
@@ -49,6 +51,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
         machine: Such as `x86_64`; None where it does not say.
         isa: Instruction sets that its code may use, as /proc/cpuinfo names them.
         outputs: Dtypes of the model's outputs in FP32 by name, in torch's words; empty where not known.
+        precision: As was asked for when it was made; None where not known.
+        layers: What it computes in; empty where not known.
     """
 
     device: str
@@ -57,9 +61,11 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     machine: str | None = None
     isa: tuple[str, ...] = ()
     outputs: dict[str, str] = {}
+    precision: str | None = None
+    layers: tuple[Layer, ...] = ()
 
 
-def description(made: EngineModule, version: str) -> Description:
+def description(made: EngineModule, version: str, *, precision: str, layers: tuple[Layer, ...]) -> Description:
     """What a package that is made here says of itself."""
     device = gpu() if made.device == "cuda" else None
     return Description(
@@ -69,6 +75,8 @@ def description(made: EngineModule, version: str) -> Description:
         machine=platform.machine(),
         isa=fingerprint(for_gpu=False).isa if made.device == "cpu" else (),
         outputs=dict(made.dtypes),
+        precision=precision,
+        layers=layers,
     )
 
 
@@ -123,10 +131,13 @@ def write_package(program: Any, out: Path, told: Description) -> tuple[str, ...]
                     program, package_path=str(out), inductor_configs={"aot_inductor.metadata": metadata}
                 )
         except Exception as err:
+            if lacks_compiler(err):
+                raise BuildError(
+                    "AOTInductor needs a C++ compiler, and finds none here",
+                    hint='sudo apt-get install g++, or mode = "eager"',
+                ) from err
             raise BuildError(
-                f"AOTInductor cannot compile the model: {_first_line(err)}",
-                hint="It needs a C++ compiler on the path." if "compiler" in str(err).lower() else None,
-                log=_log_of(err, chatter.tail(4)),
+                f"AOTInductor cannot compile the model: {_first_line(err)}", log=_log_of(err, chatter.tail(4))
             ) from err
     ours = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
     warned = [

@@ -630,11 +630,29 @@ def test_levels_and_limits_are_set(tmp_path, monkeypatch):
 )
 def test_timing_cache_that_the_builder_refuses_is_noted(tmp_path, monkeypatch, content, replaced):
     simulate(monkeypatch)
+    monkeypatch.setattr(build_module, "_CUDNN", "libc.so.6")
     cache = tmp_path / "t.cache"
     cache.write_bytes(content)
     record = weak(tmp_path, "fp16", timing_cache=str(cache))
     assert any("t.cache is not usable by tensorrt 8.6.0" in line for line in record.log) is replaced
     assert cache.read_bytes() == b"timing more"
+
+
+def test_timing_cache_that_would_end_the_process_is_refused_before_the_build(tmp_path, monkeypatch):
+    simulate(monkeypatch)
+    monkeypatch.setattr(build_module, "_CUDNN", "libcudnn_that_is_not_here.so.8")
+    with pytest.raises(BuildError, match=r"t\.cache: .*with cuDNN 8, which is not here \(libcudnn_that") as caught:
+        weak(tmp_path, "fp16", timing_cache=str(tmp_path / "t.cache"))
+    assert "leave timing_cache out" in (caught.value.hint or "")
+    assert not (tmp_path / "t.cache").exists()
+    assert not (tmp_path / "model.plan").exists()
+
+
+def test_later_versions_need_no_cudnn_for_their_timing_cache(tmp_path, monkeypatch):
+    simulate(monkeypatch, "10.9.0.34")
+    monkeypatch.setattr(build_module, "_CUDNN", "libcudnn_that_is_not_here.so.8")
+    weak(tmp_path, "fp16", timing_cache=str(tmp_path / "t.cache"))
+    assert (tmp_path / "t.cache").exists()
 
 
 def test_weights_are_stripped_where_asked(tmp_path, monkeypatch):
@@ -843,10 +861,19 @@ def build_real(tmp_path, spec, *, scale=1.0, sha="c" * 64, sizes=(3, 4, 2)):
 def test_weak_fp16_is_built_and_its_caches_written(tmp_path):
     timing = tmp_path / "timing.cache"
     options = {"layer_precisions": {"/tail/*": "fp32"}, "timing_cache": str(timing)}
+    try:
+        ctypes.CDLL("libcudnn_ops_infer.so.8")
+    except OSError:
+        if backend("tensorrt").version().startswith("8."):
+            with pytest.raises(BuildError, match="with cuDNN 8, which is not here"):
+                build_real(tmp_path, real(**options, profiles=PROFILES))
+            del options["timing_cache"]
     record = build_real(tmp_path, real(**options, profiles=PROFILES))
     assert record.options["builder_flags"] == ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
     assert record.options["constrained_layers"] >= 1
     assert record.layers
+    if "timing_cache" not in options:
+        return
     assert timing.stat().st_size > 0
     again = build_real(tmp_path, real(**options, profiles=PROFILES))
     assert not any("not usable" in line for line in again.log)

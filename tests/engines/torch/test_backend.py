@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from gate.cli.main import main
 from gate.compare_on_device import host_array
 from gate.engines import backend as backend_named
 from gate.engines.interface import GpuTimed, OutputsOnDevice, Resources
-from gate.engines.torch.backend import TorchBackend
+from gate.engines.torch.backend import TorchBackend, require_tf32
 from gate.engines.torch.engine import TorchEngineRunner
 from gate.engines.torch.runner import TorchRunner
 from gate.errors import BackendUnavailable, BuildError, IncompatibleEngine, RunError, SpecError
@@ -442,6 +443,148 @@ def test_a_model_that_cannot_be_exported_is_a_build_error_with_its_cause(tmp_pat
     with pytest.raises(BuildError, match="torch.export cannot export the model") as caught:
         build(tmp_path, make_spec(mode="aotinductor"), Fixed(), [images(4)])
     assert caught.value.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "status"), [("bf16", Status.PASSED), ("fp16", Status.FAILED)])
+def test_a_package_of_the_gate_is_held_against_the_precision_that_the_spec_says(packaged, precision, status):
+    path, record, _ = packaged
+    spec = make_spec(precision=precision, mode="aotinductor")
+    told = TorchBackend().describe(path, spec=spec, engine=spec.engines[0])
+    assert (told.layers, told.layers_source, told.options["made_in"]) == (record.layers, "package", "bf16")
+    assert check_delivered_precision(told, evidence=Evidence.PREFLIGHT).status is status
+
+
+def foreign(path, out):
+    """The package without what the gate says in it."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(out, "w") as copy:
+        for each in archive.infolist():
+            data = archive.read(each)
+            if each.filename.endswith("_metadata.json"):
+                data = json.dumps({key: value for key, value in json.loads(data).items() if key != "gate"}).encode()
+            copy.writestr(each, data)
+    return out
+
+
+PROJECT = """
+import numpy as np
+import torch
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc = torch.nn.Linear(16, 5)
+
+    def forward(self, image):
+        return {"scores": self.fc(image.flatten(1))}
+
+
+def load():
+    return Small().eval()
+
+
+def evaluation():
+    return {"image": np.random.default_rng(0).standard_normal((32, 1, 4, 4), dtype=np.float32)}
+"""
+
+PROJECT_SPEC = """schema = 1
+
+[model]
+id = "small"
+factory = "small:load"
+
+[inputs.image]
+dtype = "float32"
+shape = ["batch", 1, 4, 4]
+batch = { min = 1, opt = 4, max = 8 }
+
+[data]
+source = "small:evaluation"
+samples = 32
+
+[[engine]]
+name = "candidate"
+backend = "torch"
+precision = "PRECISION"
+"""
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch, capsys):
+    """Runs `gate check --json` on a small project and returns its code and its engine's part of the report."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.py").write_text(PROJECT)
+
+    def run(precision, more):
+        text = PROJECT_SPEC.replace("PRECISION", precision) + more + "  [engine.parity]\n"
+        (tmp_path / "gate.toml").write_text(text)
+        capsys.readouterr()
+        code = main(["check", "gate.toml", "--json"])
+        return code, json.loads(capsys.readouterr().out)["engines"][0]
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_check_of_a_package_finds_a_wrong_label_and_notes_what_it_cannot_see(tmp_path, checked):
+    options = 'options = { mode = "aotinductor" }\n'
+    code, built = checked("bf16", options)
+    assert code == 0, built
+    (path,) = (tmp_path / ".gate" / "cache" / "engine").glob("*/model.pt2")
+    (tmp_path / "own.pt2").write_bytes(path.read_bytes())
+    code, found = checked("bf16", options + 'plan = "own.pt2"\n')
+    assert code == 0, found
+    assert "build.delivered_precision" in found["verdict"]["required"]
+    code, found = checked("fp16", options + 'plan = "own.pt2"\n')
+    assert code == 1
+    failing = {each["check"]: each for each in found["verdict"]["findings"] if each["status"] != "PASSED"}
+    assert "not fp16: fc/linear (Gemm, bf16)" in failing["build.delivered_precision"]["detail"]
+    foreign(tmp_path / "own.pt2", tmp_path / "foreign.pt2")
+    code, found = checked("bf16", options + 'plan = "foreign.pt2"\n')
+    assert code == 0, found
+    assert "build.delivered_precision" not in found["verdict"]["required"]
+    assert any("its layers were not listed" in note for note in found["notes"])
+
+
+def test_an_eager_engine_has_no_size_and_none_to_limit(checked):
+    code, found = checked("fp32", "")
+    assert (code, found["size_bytes"]) == (0, None)
+    code, found = checked("fp32", "  [engine.memory]\n  engine_mib = 1.0\n")
+    failing = {each["check"]: each for each in found["verdict"]["findings"] if each["status"] != "PASSED"}
+    assert code == 1
+    assert "keeps no engine file in mode = 'eager'" in failing["memory.engine_mib"]["message"]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_one_sentence_says_what_to_install(tmp_path):
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import cpp_compiler_search
+
+    hint = 'sudo apt-get install g++, or mode = "eager"'
+    spec = make_spec(mode="compile")
+    path, _, resources = build(tmp_path, spec, Small(), [images(4)])
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        cpp_compiler_search.cache_clear()
+        with pytest.raises(RunError) as run_error:
+            reopened(path, spec, resources)
+        with pytest.raises(BuildError) as build_error:
+            build(tmp_path, make_spec(mode="aotinductor"), Small(), [images(4)])
+    cpp_compiler_search.cache_clear()
+    assert str(run_error.value) == f"torch.compile needs a C++ compiler, and finds none here\n{hint}"
+    assert str(build_error.value) == f"AOTInductor needs a C++ compiler, and finds none here\n{hint}"
+
+
+@pytest.mark.parametrize(("precision", "value", "word"), [("tf32", "0", "off"), ("fp32", "1", "on")])
+def test_a_precision_that_the_environment_overrides_is_refused(monkeypatch, precision, value, word):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
+    engine = make_spec(precision=precision, evidence="device").engines[0]
+    with pytest.raises(SpecError, match=f"NVIDIA_TF32_OVERRIDE={value} turns TF32 {word}, and the precision is"):
+        TorchBackend().require_supported(engine)
+    for other in ({}, {"NVIDIA_TF32_OVERRIDE": "1" if value == "0" else "0"}):
+        require_tf32(engine, other)
+    require_tf32(make_spec(precision="fp32").engines[0], {"NVIDIA_TF32_OVERRIDE": "1"})
 
 
 GPU_PRECISIONS = [("fp32", None), ("tf32", None), ("fp16", None), ("fp16", "weights"), ("bf16", None)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gate.engines.torch.arithmetic import deployed
 from gate.engines.torch.layers import ONNX_TYPES, Operator, dispatched, layers_from_operators, tf32_of
 from gate.precision import COMPUTE_TYPES
 
@@ -58,3 +59,27 @@ def test_hooks_are_gone_after_a_failure():
         dispatched(module, lambda: module(torch.zeros(1, 3)))
     assert not module._forward_pre_hooks
     assert not module._forward_hooks
+
+
+@pytest.mark.parametrize(("override", "expected"), [("0", False), ("1", True), ("", True), (None, True)])
+def test_the_environment_stands_above_the_switches(override, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    environment = {} if override is None else {"NVIDIA_TF32_OVERRIDE": override}
+    restore = deployed(tf32=True)
+    try:
+        found = tf32_of("cuda", environment=environment)
+        assert {found(kind) for kind in ("Conv", "MatMul")} == {expected}
+    finally:
+        restore()
+
+
+def test_tf32_that_the_environment_switches_on_is_seen_where_pytorch_has_it_off(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    restore = deployed(tf32=False)
+    try:
+        assert tf32_of("cuda")("MatMul")
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+        assert not tf32_of("cuda")("MatMul")
+    finally:
+        restore()

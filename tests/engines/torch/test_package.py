@@ -3,9 +3,11 @@
 import json
 import zipfile
 
+import msgspec
 import pytest
 
 from gate.device import Gpu
+from gate.engines.interface import Layer
 from gate.engines.torch.package import Description, read_description, require_loadable
 from gate.errors import IncompatibleEngine, RunError
 
@@ -69,6 +71,14 @@ def test_a_package_of_the_gate_says_what_the_gate_wrote(tmp_path):
     told = read_description(package(tmp_path / "m.pt2", json.dumps({**TABLE, "gate": json.dumps(own)})))
     assert told.torch == "2.11.0"
     assert told.outputs == {"scores": "float32"}
+    assert (told.precision, told.layers) == (None, ())
+
+
+def test_the_layers_of_a_package_of_the_gate_are_in_it(tmp_path):
+    layers = tuple(Layer(f"blocks.{index}/linear", "Gemm", "fp16") for index in range(20_000))
+    own = Description(device="cpu", precision="fp16", layers=layers)
+    text = json.dumps({**TABLE, "gate": json.dumps(msgspec.to_builtins(own))})
+    assert read_description(package(tmp_path / "m.pt2", text)) == own
 
 
 @pytest.mark.parametrize(
