@@ -225,7 +225,7 @@ def _bundle_around(path: Path) -> Path | None:
 
 
 def _bundle(folder: Path, given: Path) -> Inspected:
-    from gate.precision import check_delivered_precision
+    from gate.precision import CHECK, check_delivered_precision
     from gate.store import verify
     from gate.verdict import Evidence
 
@@ -239,6 +239,8 @@ def _bundle(folder: Path, given: Path) -> Inspected:
     file = str(verified.engine.relative_to(folder))
     engine = verified.files[file]
     lowering = metadata.lowering
+    # As it was judged, with what the spec excludes left out; an engine that needed no such check is looked at now.
+    sealed = next((each.finding() for each in metadata.verdict.findings if each.check == CHECK), None)
     return Inspected(
         path=str(given),
         kind="bundle",
@@ -257,7 +259,7 @@ def _bundle(folder: Path, given: Path) -> Inspected:
         layers_source=build.layers_source,
         counts=_counts(build.layers),
         compute_counts=_compute_counts(build.layers),
-        delivered_precision=_delivered(check_delivered_precision(build, evidence=Evidence.PREFLIGHT)),
+        delivered_precision=_delivered(sealed or check_delivered_precision(build, evidence=Evidence.PREFLIGHT)),
         verdict=f"{metadata.verdict.status}, evidence: {metadata.verdict.evidence.value}",
         evidence=metadata.verdict.evidence.value,
         lowering=None if lowering is None else msgspec.to_builtins(lowering),

@@ -117,7 +117,7 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         profile: Per input `{"min": [...], "opt": [...], "max": [...]}`.
         layers: Layers with their precision, in execution or network order; empty where not listed.
         layers_source: Where the list comes from: `network` (typed, before tactics), `inspector`, `graph`, or of PyTorch
-            `dispatch` (the operators of one run) or `export`.
+            `dispatch` (the operators of one run), `export` or `package`.
         log: The compiler's warnings and errors.
         command: An equivalent command line for the vendor's own tool, where there is one.
         run_command: That which times the engine, likewise.

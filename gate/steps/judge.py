@@ -173,7 +173,10 @@ def required_checks(engine: EngineSpec, run: Context, *, layers_listed: bool) ->
 
 
 def _failure(check: str, err: GateError, evidence: Evidence) -> Failure:
-    text = str(err) if isinstance(err, BuildError) else f"{err.where}: {err.message}" if err.where else err.message
+    text = f"{err.where}: {err.message}" if err.where else err.message
+    if isinstance(err, BuildError):
+        node = [f"node: {err.node}"] if err.node else []
+        text = "\n".join([text, *node, *(f"  | {line}" for line in err.log)])
     return Failure(check=check, error=type(err).__name__, message=text, evidence=evidence, hint=err.hint or "")
 
 

@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
+import onnx
 import pytest
 from jsonschema import Draft202012Validator
+from onnx import TensorProto, helper, numpy_helper
 
 from gate.cli.check import worst
 from gate.errors import ExitCode
@@ -152,3 +155,17 @@ def test_a_spec_that_cannot_be_read_is_annotated_at_its_line(gate_command, proje
     line = next(line for line in outcome.err.splitlines() if line.startswith("::error "))
     assert "file=gate.toml,line=" in line
     assert "did you mean" in line
+
+
+def test_the_hint_of_a_build_error_is_told_once(gate_command, project):
+    tiny.write(project, tiny.SPEC.replace('precision = "fp32"', 'precision = "fp32"\nonnx = "large.onnx"'))
+    layer = helper.make_node("MatMul", ["input", "w"], ["output"])
+    weight = numpy_helper.from_array(np.ones((4, 3), np.float32), "w")
+    shape = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", None]) for name in ("input", "output")]
+    model = helper.make_model(helper.make_graph([layer], "g", shape[:1], shape[1:], [weight]))
+    onnx.save_model(model, "large.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
+    os.link("w.data", "second.data")
+    outcome = gate_command("check", "gate.toml")
+    assert outcome.code != 0
+    assert "hard link" in outcome.out + outcome.err
+    assert (outcome.out + outcome.err).count("as regular files") <= 1
