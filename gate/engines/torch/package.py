@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +32,7 @@ KEY = "gate"
 _METADATA = "_metadata.json"
 _LIMIT_BYTES = 1 << 26
 _LOG_LINES = 12
+_TRIAL_S = 300
 _ISA = {
     "AVX2": "avx2",
     "AVX512": "avx512f",
@@ -255,6 +259,45 @@ def load_package(path: Path) -> Callable[..., Any]:
                 f"PyTorch cannot load the package: {_first_line(err)}" + (f" · {said}" if said else ""), where=str(path)
             ) from err
     return loaded
+
+
+def require_loads_alone(path: Path) -> None:
+    """Load a package in a process of its own first: one that only the process can load that made it is not an engine.
+
+    Loading runs the package's code, and code that crashes would end the gate without a verdict. Seen: PyTorch 2.11 on an
+    H200 loaded a package where it was made, and another process that loaded the same file was ended by SIGSEGV.
+
+    Raises:
+        RunError: That process failed or crashed.
+    """
+    code = (
+        "import sys, torch\n"
+        "device = 'cuda' if sys.argv[2] == 'cuda' else 'cpu'\n"
+        "torch.zeros(1, device=device)\n"
+        "from torch import _inductor\n"
+        "_inductor.aoti_load_package(sys.argv[1])\n"
+    )
+    device = read_description(path).device
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path), device],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TRIAL_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as err:
+        raise RunError(f"a process of its own did not load it in {_TRIAL_S} s", where=str(path)) from err
+    if done.returncode == 0:
+        return
+    lines = done.stderr.strip().splitlines()
+    why = f"was ended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else "could not load it"
+    raise RunError(
+        f"a process of its own {why}{f': {lines[-1]}' if lines else ''}",
+        where=str(path),
+        hint="What only the process can load that made it cannot be released; build it with another PyTorch, or as TensorRT.",
+    )
 
 
 def _foreign(table: Mapping[str, Any]) -> Description:

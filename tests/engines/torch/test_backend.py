@@ -14,6 +14,7 @@ from gate.engines import backend as backend_named
 from gate.engines.interface import GpuTimed, OutputsOnDevice, Resources
 from gate.engines.torch.backend import TorchBackend, require_tf32
 from gate.engines.torch.engine import TorchEngineRunner
+from gate.engines.torch.package import require_loads_alone
 from gate.engines.torch.runner import TorchRunner
 from gate.errors import BackendUnavailable, BuildError, IncompatibleEngine, RunError, SpecError
 from gate.precision import check_delivered_precision
@@ -630,6 +631,13 @@ def test_the_reference_on_the_gpu_gives_the_same_bits_twice():
     assert first["scores"].tobytes() == again["scores"].tobytes()
     with TorchRunner(module, spec=make_spec()) as host:
         assert relative(host.run(feed)["scores"], first["scores"]) < 1e-5
+
+
+@pytest.mark.gpu
+def test_a_package_for_the_gpu_is_loaded_by_another_process(tmp_path):
+    spec = make_spec(mode="aotinductor", evidence="device")
+    path, _, _ = build(tmp_path, spec, Small(), [images(4)])
+    require_loads_alone(path)
 
 
 @pytest.mark.gpu

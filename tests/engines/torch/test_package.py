@@ -1,6 +1,7 @@
 """What a package says of itself, read without loading it, and held against what is here."""
 
 import json
+import sys
 import zipfile
 
 import msgspec
@@ -8,7 +9,12 @@ import pytest
 
 from gate.device import Gpu
 from gate.engines.interface import Layer
-from gate.engines.torch.package import Description, read_description, require_loadable
+from gate.engines.torch.package import (
+    Description,
+    read_description,
+    require_loadable,
+    require_loads_alone,
+)
 from gate.errors import IncompatibleEngine, RunError
 
 HERE = {"version": "2.11.0+cu126", "machine": "x86_64", "isa": ("avx2", "avx512f"), "where": "model.pt2"}
@@ -104,3 +110,19 @@ def test_what_is_no_zip_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(RunError, match="is no AOTInductor package"):
         read_description(path)
+
+
+def test_a_package_that_another_process_cannot_load_is_refused(tmp_path):
+    path = package(tmp_path / "m.pt2", json.dumps(TABLE))
+    with pytest.raises(RunError, match="a process of its own could not load it: .+"):
+        require_loads_alone(path)
+
+
+def test_a_package_that_crashes_another_process_is_refused_with_its_signal(tmp_path, monkeypatch):
+    crashing = tmp_path / "python"
+    crashing.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    crashing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(crashing))
+    with pytest.raises(RunError, match="a process of its own was ended by SIGSEGV") as caught:
+        require_loads_alone(package(tmp_path / "m.pt2", json.dumps(TABLE)))
+    assert "cannot be released" in (caught.value.hint or "")
