@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ def module(name: str) -> Any:
             hint=hint,
         ) from err
     if not hasattr(found, "Builder"):
+        sys.modules.pop(name, None)
         raise BackendUnavailable(
             f"backend {name!r} is not installed: the folder {name} on Python's path holds no code, such as type stubs",
             hint=hint,
