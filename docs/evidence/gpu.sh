@@ -113,11 +113,17 @@ faults() {
 }
 
 measure() {
-  with_trt docs/evidence/measure.py examples/resnet50/tensorrt.gate.toml "$out" \
-    --reference "$out/recordings/resnet50" 2>"$out/measure-tensorrt.err"
-  tail -3 "$out/measure-tensorrt.err"
-  with_torch docs/evidence/measure.py examples/resnet50/pytorch.gate.toml "$out" 2>"$out/measure-torch.err"
-  tail -3 "$out/measure-torch.err"
+  local spec name
+  for spec in tensorrt pytorch; do
+    for name in $(sed -n 's/^name *= *"\(.*\)"/\1/p' "examples/resnet50/$spec.gate.toml"); do
+      if [ $spec = tensorrt ]; then
+        with_trt docs/evidence/measure.py examples/resnet50/$spec.gate.toml "$out" --engine "$name" \
+          --reference "$out/recordings/resnet50"
+      else
+        with_torch docs/evidence/measure.py examples/resnet50/$spec.gate.toml "$out" --engine "$name"
+      fi 2>"$out/measure-$name.err" || tail -5 "$out/measure-$name.err"
+    done
+  done | tee "$out/measure.txt"
 }
 
 write() { with_trt docs/evidence/write.py "$out"; }

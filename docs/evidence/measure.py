@@ -1,9 +1,10 @@
 """GPU compute time of every engine of a spec at several batch sizes, beside a bare CUDA-event loop; and what comparing costs.
 
-    python docs/evidence/measure.py SPEC OUT [--reference RECORDING]
+    python docs/evidence/measure.py SPEC OUT --engine NAME [--reference RECORDING]
 
-Engines come from the cache of an earlier check; those that cannot run here are left out. The gate's own timing and a
-bare loop over the same engine file take turns, so that both see the same clocks. Writes OUT/measure-<spec>.json.
+The engine comes from the cache of an earlier check; one that cannot run here is left out. One engine a process: what crashes
+takes no other with it. The gate's own timing and a bare loop over the same engine file take turns, so that both see the
+same clocks. Writes OUT/measure-<engine>.json.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("spec", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--engine", required=True)
     parser.add_argument("--reference", type=Path)
     args = parser.parse_args()
     file = read_spec(args.spec)
     run = Context(file, CheckOptions(cache=args.out / "cache", reference=args.reference), Silence())
     run.open_samples()
     run.open_reference()
-    found: dict[str, Any] = {}
-    for engine in file.spec.engines:
-        try:
-            found[engine.name] = measured(run, engine)
-        except GateError as err:
-            print(f"{engine.name:<20} not measured: {' '.join(err.message.split())}")
-    target = args.out / f"measure-{args.spec.name.split('.')[0]}.json"
-    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    engine = file.engine(args.engine)
+    try:
+        found = {engine.name: measured(run, engine)}
+    except GateError as err:
+        print(f"{engine.name:<20} not measured: {' '.join(err.message.split())}")
+        return
+    (args.out / f"measure-{engine.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def measured(run: Context, engine: EngineSpec) -> dict[str, Any]:

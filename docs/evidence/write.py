@@ -49,7 +49,9 @@ def page(out: Path) -> Iterator[str]:
         said = (out / "digits-verify.txt").read_text(encoding="utf-8").splitlines()
         counts = Counter(line.split()[0] for line in said if line.startswith(("VERIFIED", "REFUSED")))
         yield from ("", f"Sealed bundles of the digits: {counts['VERIFIED']} VERIFIED, {counts['REFUSED']} REFUSED.")
-    timings = {**measures(out / "measure-tensorrt.json"), **measures(out / "measure-pytorch.json")}
+    timings: dict[str, Any] = {}
+    for path in sorted(out.glob("measure-*.json")):
+        timings |= measures(path)
     for name in ("resnet", "torch"):
         if name in runs:
             yield from ("", f"## examples/resnet50 ({name}): {runs[name].samples} samples", "")
