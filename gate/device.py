@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -443,8 +443,13 @@ def _isa() -> tuple[str, ...]:
 
 
 def _versions() -> dict[str, str]:
+    return installed_versions(_DISTRIBUTIONS)
+
+
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Version by name of those distributions that are installed."""
     found: dict[str, str] = {}
-    for name in _DISTRIBUTIONS:
+    for name in distributions:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from gate.chatter import quiet
-from gate.errors import LoweringError
 from gate.lower.files import inputs_of, save
 from gate.lower.nodes import exactly
-from gate.lower.tools import INSTALL
+from gate.lower.tools import importing, making
 from gate.spec import LoweringSpec
 from gate.tensors import NamedArrays
 
@@ -66,14 +65,9 @@ def cast(
             "since there are no calibration samples",
         )
     with quiet() as chatter:
-        try:
+        with importing("NVIDIA Model Optimizer", precision):
             from modelopt.onnx.autocast import convert_to_mixed_precision
-        except ImportError as err:
-            raise LoweringError(
-                f"{precision} is made by NVIDIA Model Optimizer, which is not installed ({err})",
-                hint=INSTALL,
-            ) from err
-        try:
+        with making("Model Optimizer", precision, chatter):
             model = convert_to_mixed_precision(
                 str(path),
                 low_precision_type=precision,
@@ -83,11 +77,6 @@ def cast(
                 **settings,
             )
             model = onnx.shape_inference.infer_shapes(model)
-        except Exception as err:
-            told = " · ".join(chatter.tail(3))
-            raise LoweringError(
-                f"Model Optimizer cannot make {precision}: {type(err).__name__}: {err}{f' ({told})' if told else ''}"
-            ) from err
     return model, notes
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gate.chatter import quiet
-from gate.errors import LoweringError
 from gate.lower.files import is_large, save
 from gate.lower.nodes import exactly
 from gate.lower.samples import Samples, reader_of
-from gate.lower.tools import INSTALL
+from gate.lower.tools import importing, making
 
 
 def quantized(
@@ -45,16 +44,11 @@ def quantized(
     path, made = folder / "source.onnx", folder / f"{precision}.onnx"
     save(source, path)
     with quiet() as chatter:
-        try:
+        with importing("NVIDIA Model Optimizer", precision):
             import onnxruntime
             from modelopt.onnx.quantization import quantize
-        except ImportError as err:
-            raise LoweringError(
-                f"{precision} is made by NVIDIA Model Optimizer, which is not installed ({err})",
-                hint=INSTALL,
-            ) from err
         onnxruntime.set_default_logger_severity(3)
-        try:
+        with making("Model Optimizer", precision, chatter):
             with _restored("onnxruntime.quantization"):
                 quantize(
                     str(path),
@@ -69,11 +63,6 @@ def quantized(
                     high_precision_dtype="fp32",
                 )
             model = onnx.load(str(made))
-        except Exception as err:
-            told = " · ".join(chatter.tail(3))
-            raise LoweringError(
-                f"Model Optimizer cannot make {precision}: {type(err).__name__}: {err}{f' ({told})' if told else ''}"
-            ) from err
     del model.metadata_props[:]
     return model
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gate.chatter import quiet
-from gate.errors import LoweringError
 from gate.lower.files import is_large, save
 from gate.lower.samples import Samples, reader_of
-from gate.lower.tools import INSTALL, PERCENTILE
+from gate.lower.tools import PERCENTILE, importing, making
 
 _QUANTIZED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -61,21 +60,16 @@ def quantized(
     if method == "percentile":
         options["CalibPercentile"] = percentile or PERCENTILE
     with quiet() as chatter:
-        try:
+        with importing("ONNX Runtime's quantizer", "int8"):
             import onnxruntime
             from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-        except ImportError as err:
-            raise LoweringError(
-                f"int8 is made by ONNX Runtime's quantizer, which is not installed ({err})",
-                hint=INSTALL,
-            ) from err
         onnxruntime.set_default_logger_severity(3)
         methods = {
             "minmax": CalibrationMethod.MinMax,
             "entropy": CalibrationMethod.Entropy,
             "percentile": CalibrationMethod.Percentile,
         }
-        try:
+        with making("ONNX Runtime", "int8", chatter, lines=2):
             quantize_static(
                 str(path),
                 str(made),
@@ -91,10 +85,5 @@ def quantized(
                 extra_options=options,
             )
             model = onnx.load(str(made))
-        except Exception as err:
-            told = " · ".join(chatter.tail(2))
-            raise LoweringError(
-                f"ONNX Runtime cannot make int8: {type(err).__name__}: {err}{f' ({told})' if told else ''}"
-            ) from err
     del model.metadata_props[:]
     return model

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from gate.chatter import Chatter
 from gate.errors import LoweringError
 from gate.spec import LoweringSpec
 
@@ -47,6 +50,30 @@ class Tool:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError as err:
             raise LoweringError(f"{self.name} needs {self.distribution}, which is not installed", hint=INSTALL) from err
+
+
+@contextmanager
+def importing(maker: str, precision: str) -> Iterator[None]:
+    """A tool that is not there, as a LoweringError with the command that installs it."""
+    try:
+        yield
+    except ImportError as err:
+        raise LoweringError(
+            f"{precision} is made by {maker}, which is not installed ({err})",
+            hint=INSTALL,
+        ) from err
+
+
+@contextmanager
+def making(maker: str, precision: str, chatter: Chatter, *, lines: int = 3) -> Iterator[None]:
+    """Whatever a tool raises, as a LoweringError with the last lines that it said."""
+    try:
+        yield
+    except Exception as err:
+        told = " · ".join(chatter.tail(lines))
+        raise LoweringError(
+            f"{maker} cannot make {precision}: {type(err).__name__}: {err}{f' ({told})' if told else ''}"
+        ) from err
 
 
 def tool_for(precision: str, lowering: LoweringSpec) -> Tool:

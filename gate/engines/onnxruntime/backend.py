@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 import msgspec
 
 from gate import atomic
+from gate.device import installed_versions
 from gate.engines.feed import profile_of
 from gate.engines.graph import layers_of
 from gate.engines.interface import BuildRecord, Layer, Origin, Resources
@@ -239,13 +239,7 @@ def _provider(engine: EngineSpec) -> str:
 
 def _installed() -> dict[str, str]:
     """Version by name of the distributions that are installed; both put their files into the same folder."""
-    found: dict[str, str] = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(_DISTRIBUTIONS)
 
 
 def _require_provider_and_gpu(engine: EngineSpec) -> None:

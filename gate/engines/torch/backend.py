@@ -219,7 +219,7 @@ class TorchBackend:
             where=str(path),
         )
         if device == "cuda":
-            package.require_loads_alone(path)
+            package.require_loads_alone(path, device=device)
         arithmetic.require_device(device)
         function = package.load_package(path)
         return _runner(function, spec=spec, engine=engine, dtypes=told.outputs, where=str(path))

@@ -261,7 +261,7 @@ def load_package(path: Path) -> Callable[..., Any]:
     return loaded
 
 
-def require_loads_alone(path: Path) -> None:
+def require_loads_alone(path: Path, *, device: Device) -> None:
     """Load a package in a process of its own first: one that only the process can load that made it is not an engine.
 
     Loading runs the package's code, and code that crashes would end the gate without a verdict. Seen: PyTorch 2.11 on an
@@ -277,7 +277,6 @@ def require_loads_alone(path: Path) -> None:
         "from torch import _inductor\n"
         "_inductor.aoti_load_package(sys.argv[1])\n"
     )
-    device = read_description(path).device
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, str(path), device],

@@ -637,7 +637,7 @@ def test_the_reference_on_the_gpu_gives_the_same_bits_twice():
 def test_a_package_for_the_gpu_is_loaded_by_another_process(tmp_path):
     spec = make_spec(mode="aotinductor", evidence="device")
     path, _, _ = build(tmp_path, spec, Small(), [images(4)])
-    require_loads_alone(path)
+    require_loads_alone(path, device="cuda")
 
 
 @pytest.mark.gpu

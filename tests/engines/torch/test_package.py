@@ -115,7 +115,7 @@ def test_what_is_no_zip_is_refused(tmp_path, content):
 def test_a_package_that_another_process_cannot_load_is_refused(tmp_path):
     path = package(tmp_path / "m.pt2", json.dumps(TABLE))
     with pytest.raises(RunError, match="a process of its own could not load it: .+"):
-        require_loads_alone(path)
+        require_loads_alone(path, device="cpu")
 
 
 def test_a_package_that_crashes_another_process_is_refused_with_its_signal(tmp_path, monkeypatch):
@@ -124,5 +124,5 @@ def test_a_package_that_crashes_another_process_is_refused_with_its_signal(tmp_p
     crashing.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(crashing))
     with pytest.raises(RunError, match="a process of its own was ended by SIGSEGV") as caught:
-        require_loads_alone(package(tmp_path / "m.pt2", json.dumps(TABLE)))
+        require_loads_alone(package(tmp_path / "m.pt2", json.dumps(TABLE)), device="cpu")
     assert "cannot be released" in (caught.value.hint or "")
