@@ -175,6 +175,37 @@ def test_a_batch_that_changed_is_never_given_however_early_its_taker_stops(chang
     assert given == [2 * index for index in range(changed)]
 
 
+@pytest.mark.parametrize("taken", [2, 3, 10], ids=["as it was digested", "otherwise", "at once"])
+@pytest.mark.parametrize("columns", [4, 1 << 17], ids=["small", "large"])
+def test_a_row_that_changed_is_told_at_any_batch_size(taken: int, columns: int) -> None:
+    inputs = {"x": InputSpec(shape=("batch", columns), dtype="float32", axes={})}
+    mine = np.random.default_rng(0).standard_normal((10, columns)).astype(np.float32)
+    source = ArraySource(Samples({"x": mine}), 10)
+    held = DigestedSource(source, digest_of(source, inputs=inputs, batch=2, where=""), "here")
+    assert sum(batch.size for batch in held.batches(taken)) == 10
+    mine[7] = mine[7, ::-1].copy()  # the same numbers, mirrored
+    with pytest.raises(DataError, match="other samples or labels from"):
+        list(held.batches(taken))
+
+
+def test_the_same_bytes_in_another_shape_or_dtype_are_other_samples() -> None:
+    given = {"x": VALUES}
+
+    class Source:
+        def __len__(self) -> int:
+            return 10
+
+        def batches(self, size: int) -> Iterator[Batch]:
+            for first in range(0, 10, size):
+                yield Batch(first, {"x": given["x"][first : first + size]}, None)
+
+    held = DigestedSource(Source(), digest_of(Source(), inputs=INPUTS, batch=2, where=""), "here")
+    for other in (VALUES.reshape(10, 2, 2), VALUES.view(np.int32)):
+        given["x"] = other
+        with pytest.raises(DataError, match="other samples or labels from 0 on"):
+            list(held.batches(2))
+
+
 def test_batches_come_in_order_and_whole() -> None:
     _, source = digested(VALUES)
     for size in (1, 3, 10, 99):

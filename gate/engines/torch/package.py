@@ -6,7 +6,9 @@ A package (`.pt2`) is a zip with a shared library in it: loading one runs its co
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ KEY = "gate"
 """Under which the gate's own description stands in a package's metadata."""
 
 _METADATA = "_metadata.json"
+_CPP_LIBRARIES = (b"libstdc++.so.", b"libc++.so.")
 _LIMIT_BYTES = 1 << 26
 _LOG_LINES = 12
 _TRIAL_S = 300
@@ -121,7 +124,8 @@ def write_package(program: Any, out: Path, told: Description) -> tuple[str, ...]
     """Compile an exported program and write the package; returns the compiler's warnings.
 
     Raises:
-        BuildError: The compiler refused it; carries the last lines of what it said.
+        BuildError: The compiler refused it; carries the last lines of what it said. Or it put a C++ library into the
+            package.
     """
     import torch
     from torch import _inductor as inductor
@@ -143,6 +147,12 @@ def write_package(program: Any, out: Path, told: Description) -> tuple[str, ...]
             raise BuildError(
                 f"AOTInductor cannot compile the model: {_first_line(err)}", log=_log_of(err, chatter.tail(4))
             ) from err
+    if brings_cpp_library(out):
+        raise BuildError(
+            f"the C++ compiler ({_compiler()}) put a C++ library of its own into the package; beside the one that PyTorch "
+            "has loaded, it crashes where the package is loaded",
+            hint="Name a compiler that links libstdc++.so, such as CXX=/usr/bin/g++, and build again.",
+        )
     ours = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
     warned = [
         f"{each.category.__name__}: {_first_line(each.message)}"
@@ -150,6 +160,22 @@ def write_package(program: Any, out: Path, told: Description) -> tuple[str, ...]
         if not issubclass(each.category, ours)
     ]
     return tuple(dict.fromkeys(warned))
+
+
+def brings_cpp_library(path: Path) -> bool:
+    """Whether a shared library of a package links to no C++ library: its compiler put one into it.
+
+    Two of them in a process share some of their state and not the rest. Seen on an H200 with PyTorch 2.11 and a GCC that
+    links libstdc++ statically: `std::regex` in the package took a facet of the other's locale for its own, and the process
+    that loaded it was ended by SIGSEGV; the one that had built it had libstdc++ among its global symbols, and was not.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = [each for each in archive.namelist() if each.endswith(".so")]
+        return any(not any(name in archive.read(each) for name in _CPP_LIBRARIES) for each in names)
+
+
+def _compiler() -> str:
+    return f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else shutil.which("g++") or "g++"
 
 
 def read_description(path: Path) -> Description:
@@ -264,8 +290,8 @@ def load_package(path: Path) -> Callable[..., Any]:
 def require_loads_alone(path: Path, *, device: Device) -> None:
     """Load a package in a process of its own first: one that only the process can load that made it is not an engine.
 
-    Loading runs the package's code, and code that crashes would end the gate without a verdict. Seen: PyTorch 2.11 on an
-    H200 loaded a package where it was made, and another process that loaded the same file was ended by SIGSEGV.
+    Loading runs the package's code, and code that crashes would end the gate without a verdict: see
+    `brings_cpp_library` for one that the process that had made it could load, and no other.
 
     Raises:
         RunError: That process failed or crashed.
@@ -295,7 +321,12 @@ def require_loads_alone(path: Path, *, device: Device) -> None:
     raise RunError(
         f"a process of its own {why}{f': {lines[-1]}' if lines else ''}",
         where=str(path),
-        hint="What only the process can load that made it cannot be released; build it with another PyTorch, or as TensorRT.",
+        hint="What only the process can load that made it cannot be released; "
+        + (
+            "it brings a C++ library of its own: build it with a compiler that links libstdc++.so, such as CXX=/usr/bin/g++."
+            if brings_cpp_library(path)
+            else "build it with another PyTorch, or as TensorRT."
+        ),
     )
 
 

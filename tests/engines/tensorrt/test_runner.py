@@ -555,6 +555,23 @@ def test_gpu_array_of_another_runner_is_fed_without_a_copy(tmp_path):
 
 
 @pytest.mark.gpu
+def test_gpu_array_of_cupy_is_read_and_filled_in_place(tmp_path):
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    with opened(*built(tmp_path)) as runner:
+        given = cupy.asarray(X)
+        output = runner.run_on_device({"x": given})["y"]
+        seen = cupy.asarray(output)
+        assert runner._context.get_tensor_address("x") == given.data.ptr
+        assert runner._context.get_tensor_address("y") == seen.data.ptr
+        np.testing.assert_allclose(cupy.asnumpy(seen), X @ WEIGHT, rtol=1e-5, atol=1e-6)
+        given.set(2 * X)  # the same address: nothing is copied at the next inference either
+        again = cupy.asarray(runner.run_on_device({"x": given})["y"])
+        np.testing.assert_allclose(cupy.asnumpy(again), 2 * X @ WEIGHT, rtol=1e-5, atol=1e-6)
+        with pytest.raises(RunError, match="C-contiguous|contiguous"):
+            runner.run_on_device({"x": cupy.asarray(np.tile(X, 2))[:, ::2]})
+
+
+@pytest.mark.gpu
 def test_gpu_outputs_that_stay_on_the_device_are_those_of_the_host(tmp_path):
     if not has_cuda():
         pytest.skip("reading them takes PyTorch with CUDA")

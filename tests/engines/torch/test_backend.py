@@ -633,6 +633,30 @@ def test_the_reference_on_the_gpu_gives_the_same_bits_twice():
         assert relative(host.run(feed)["scores"], first["scores"]) < 1e-5
 
 
+@pytest.mark.slow
+def test_a_compiler_that_puts_a_cpp_library_into_the_package_is_refused(tmp_path, monkeypatch):
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import cpp_compiler_search
+
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase " $* " in *" -shared "*) exec /usr/bin/g++ -static-libstdc++ -static-libgcc "$@";; esac\n'
+        'exec /usr/bin/g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    cpp_compiler_search.cache_clear()
+    with config.patch({"cpp.cxx": (str(compiler),)}):
+        with pytest.raises(BuildError, match=r"\(CXX=.*g\+\+\) put a C\+\+ library of its own into the package") as caught:
+            build(tmp_path, make_spec(mode="aotinductor"), Small(), [images(4)])
+    cpp_compiler_search.cache_clear()
+    assert "CXX=/usr/bin/g++" in (caught.value.hint or "")
+    with pytest.raises(RunError, match="a process of its own could not load it") as refused:
+        require_loads_alone(tmp_path / "model.pt2", device="cpu")
+    assert "brings a C++ library of its own" in (refused.value.hint or "")
+
+
 @pytest.mark.gpu
 def test_a_package_for_the_gpu_is_loaded_by_another_process(tmp_path):
     spec = make_spec(mode="aotinductor", evidence="device")
