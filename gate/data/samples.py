@@ -433,8 +433,10 @@ def _row_digests(batch: Batch) -> Iterator[bytes]:
 
 
 def _batch_digest(batch: Batch) -> bytes:
-    """128-bit XXH3 of a batch's inputs. A large array is one call without the interpreter's lock: an engine's host code
-    that launches meanwhile is not held up."""
+    """128-bit XXH3 of a batch's inputs.
+
+    A large array is one call without the interpreter's lock: an engine's host code that launches meanwhile is not held up.
+    """
     import xxhash
 
     one = xxhash.xxh3_128()
