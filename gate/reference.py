@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gate.atomic import digest_of_stream, discard
-from gate.data.samples import Batch, DataDigest, SampleSource
+from gate.data.samples import Batch, DataDigest, SampleSource, all_batches
 from gate.device import gpu
 from gate.engines.graph import external_files, unsafe_external_file
 from gate.errors import DataError, RunError, SpecError
@@ -438,7 +438,7 @@ def _run_batches(
     model: ReferenceModel, file: SpecFile, source: SampleSource, batch: int
 ) -> Iterator[tuple[int, int, dict[str, Array]]]:
     with model.runner() as runner:
-        for each in source.batches(batch):
+        for each in all_batches(source, batch):
             yield each.first, each.size, run_filled(runner, each, inputs=file.spec.inputs)
 
 

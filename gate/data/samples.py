@@ -247,11 +247,26 @@ class DigestedSource:
             self._hold(*ahead)
             yield ahead[0]
 
+    def batches_to_the_end(self, size: int) -> Iterator[Batch]:
+        """As `batches`, for a caller that goes to the end and keeps nothing if it does not get there.
+
+        A batch is digested while the caller works with it, and held when the caller asks for the next: the engine that
+        copies it at that time finds it in the processor's cache, where reading another batch ahead would push it out.
+
+        Raises:
+            DataError: A sample or its label is not the one that was digested; with the step after the one that gave it.
+        """
+        for each in self.source.batches(size):
+            is_known = self._is_known(each)
+            yield each
+            self._hold(each, is_known)
+
     def _is_known(self, batch: Batch) -> Callable[[], bool]:
         """Begin to digest a batch; the answer waits for it."""
         if (expected := self.digest.batches.get((batch.first, batch.size))) is not None:
             if _is_small(batch):
-                return lambda: _batch_digest(batch) == expected
+                known = _batch_digest(batch) == expected
+                return lambda: known
             found = _hashers().submit(_batch_digest, batch)
             return lambda: found.result() == expected
         digests = _row_digests(batch)
@@ -265,6 +280,11 @@ class DigestedSource:
                 where=self.where,
                 hint="Every run through the data must give the same: fix its seed, its order and its augmentation.",
             )
+
+
+def all_batches(source: SampleSource, size: int) -> Iterator[Batch]:
+    """Every batch of a source, for a caller that goes to the end: see `DigestedSource.batches_to_the_end`."""
+    return source.batches_to_the_end(size) if isinstance(source, DigestedSource) else source.batches(size)
 
 
 def open_source(file: SpecFile, source: str, *, needed: int, key: str) -> SampleSource:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from gate.calibration import InputStats, add_inputs, scale_notes
-from gate.data.samples import Batch, DataDigest, DigestedSource, SampleSource, digest_of, open_source, require_disjoint
+from gate.data.samples import (
+    Batch,
+    DataDigest,
+    DigestedSource,
+    SampleSource,
+    all_batches,
+    digest_of,
+    open_source,
+    require_disjoint,
+)
 from gate.errors import DataError, MeasurementError
 from gate.reference import ModelIdentity, Recording, ReferenceModel, batch_size, read_recording
 from gate.reference import record as record_reference
@@ -196,7 +205,7 @@ class Context:
         """Each batch of samples with the reference's outputs for it."""
         outputs = self.recording.batches()
         firsts = iter(self.recording.firsts)
-        for batch in self.source.batches(batch_size(self.file)):
+        for batch in all_batches(self.source, batch_size(self.file)):
             first = next(firsts, None)
             if first != batch.first:
                 raise MeasurementError(f"the recorded reference has no batch that starts at sample {batch.first}")

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gate.data.samples import ArraySource, Batch, DigestedSource, Samples, digest_of, open_source, require_disjoint
+from gate.data.samples import (
+    ArraySource,
+    Batch,
+    DigestedSource,
+    Samples,
+    all_batches,
+    digest_of,
+    open_source,
+    require_disjoint,
+)
 from gate.errors import DataError
 from gate.spec import InputSpec, SpecFile, spec_from_text
 
@@ -186,6 +195,17 @@ def test_a_row_that_changed_is_told_at_any_batch_size(taken: int, columns: int) 
     mine[7] = mine[7, ::-1].copy()  # the same numbers, mirrored
     with pytest.raises(DataError, match="other samples or labels from"):
         list(held.batches(taken))
+
+
+@pytest.mark.parametrize("changed", [0, 3, 4])
+def test_who_goes_to_the_end_never_gets_there_with_a_batch_that_changed(changed: int) -> None:
+    mine, source = digested(VALUES)
+    assert [each.first for each in all_batches(source, 2)] == [0, 2, 4, 6, 8]
+    mine[2 * changed + 1, 0] = -1.0
+    given = []
+    with pytest.raises(DataError, match=f"other samples or labels from {2 * changed} on"):
+        given.extend(batch.first for batch in all_batches(source, 2))
+    assert given == [2 * index for index in range(changed + 1)]
 
 
 def test_the_same_bytes_in_another_shape_or_dtype_are_other_samples() -> None:
