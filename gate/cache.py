@@ -126,7 +126,7 @@ class Cache:
         """Make an entry, unless it exists by now.
 
         Args:
-            kind: `reference`, `export`, `lowered`, `engine`.
+            kind: `reference`, `export`, `lowered`, `nms`, `engine`.
             key: From `entry_key`.
             make: Writes the files, at least one, into the folder that it is given; no sub-folders, no links.
             meta: JSON values to keep with them.

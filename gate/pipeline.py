@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +15,14 @@ from gate.engines.feed import profile_of
 from gate.engines.interface import CALIBRATION_NAME, Backend
 from gate.errors import BackendUnavailable, MeasurementError, ReferenceMismatch, RunError, SpecError
 from gate.manifest import sha256_hex
+from gate.metrics.interface import MetricKind
 from gate.reference import RECORDING, RecordedGraph, external_data, write_recording
 from gate.results import CheckRun, EngineResult, Provenance
 from gate.spec import EngineSpec, SpecFile
 from gate.steps.context import CheckOptions, Context, Observer, Silence, scores_output
 from gate.steps.judge import check_engine
 from gate.steps.make import exported_graph, graph_name, lowered_graph
+from gate.steps.task import reference_values, require_task, task_kind
 from gate.verdict import Evidence, Status
 
 __all__ = [
@@ -33,6 +35,10 @@ __all__ = [
     "record",
     "seal_passed",
 ]
+
+
+_STATED_SLACK = 0.01
+"""How far a reference may miss what training said of it, as a share of that: other versions, another machine."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,6 @@ def check(file: SpecFile, options: CheckOptions | None = None, observer: Observe
         ReferenceMismatch: The reference misses what training reported.
         MeasurementError: No engine ran.
     """
-    from gate import __version__
-    from gate.device import fingerprint, git_revision
-
     options = options or CheckOptions()
     observer = observer or Silence()
     started = time.perf_counter()
@@ -99,7 +102,23 @@ def check(file: SpecFile, options: CheckOptions | None = None, observer: Observe
             hint=f"next: gate doctor --spec {shlex.quote(str(file.path))}",
         )
     run = Context(file, options, observer)
+    try:
+        return _checked(run, chosen, usable, started=started)
+    finally:
+        run.close()
+
+
+def _checked(
+    run: Context, chosen: Sequence[EngineSpec], usable: Mapping[str, Backend | str], *, started: float
+) -> CheckRun:
+    """Every engine checked in turn against one reference."""
+    from gate import __version__
+    from gate.device import fingerprint, git_revision
+
+    file, observer = run.file, run.observer
+    task_kind(run)
     run.open_samples()
+    require_task(run)
     run.open_reference()
     _require_reference_is_right(run)
     results: list[EngineResult] = []
@@ -248,6 +267,10 @@ def _require_reference_is_right(run: Context) -> None:
     expected = stated_metrics(stated, run.file.folder, where=where)
     if run.spec.task is None:
         return
+    kind = task_kind(run)
+    if kind is not None:
+        _require_values(expected, run, kind, where=where)
+        return
     output = scores_output(run)
     measured = reference_accuracy((batch.labels, outputs[output]) for batch, outputs in run.pairs())
     for name, value in expected.items():
@@ -262,6 +285,25 @@ def _require_reference_is_right(run: Context) -> None:
                 f"the reference itself is wrong: {name} {got.value:.4g}, training said {value:.4g}",
                 where=where,
                 hint="No engine was judged. Look at the weights, the preprocessing and the order of the labels.",
+            )
+
+
+def _require_values(expected: Mapping[str, float], run: Context, kind: MetricKind, *, where: str) -> None:
+    """As `_require_reference_is_right`, for a task other than classification: within a hundredth of what training said."""
+    measured = reference_values(run, kind)
+    for name, value in expected.items():
+        if name not in measured:
+            raise ReferenceMismatch(
+                f"[model] metrics has {name!r}, which [task] does not measure; it measures {', '.join(measured)}",
+                where=where,
+            )
+        better = kind.values[name].higher_is_better if name in kind.values else True
+        got = measured[name]
+        if not (got >= value - _STATED_SLACK * abs(value) if better else got <= value + _STATED_SLACK * abs(value)):
+            raise ReferenceMismatch(
+                f"the reference itself is wrong: {name} {got:.4g}, training said {value:.4g}",
+                where=where,
+                hint="No engine was judged. Look at the weights, the preprocessing, the postprocessing and the categories.",
             )
 
 
@@ -322,12 +364,22 @@ def record(file: SpecFile, out: Path, options: CheckOptions, observer: Observer)
     Raises:
         As `check`.
     """
-    from gate.atomic import folder
-
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RECORDING).is_file())):
         raise SpecError("is there and is no recording, so it is not replaced", where=str(out))
     run = Context(file, replace(options, reference=None), observer)
+    try:
+        return _recorded(run, out)
+    finally:
+        run.close()
+
+
+def _recorded(run: Context, out: Path) -> Path:
+    from gate.atomic import folder
+
+    file, observer = run.file, run.observer
+    task_kind(run)
     run.open_samples()
+    require_task(run)
     run.open_reference()
     _require_reference_is_right(run)
     exported = exported_graph(run)

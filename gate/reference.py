@@ -165,9 +165,8 @@ class ReferenceModel:
         from gate.factory import local_sources, state_digest
 
         weights = state_digest(self.module)
-        data = [
-            each.partition(":")[0] for each in (self._file.spec.data.source, self._file.spec.data.calibration or "")
-        ]
+        functions = (self._file.spec.data.source, self._file.spec.data.calibration)
+        data = [each.partition(":")[0] for each in functions if each is not None]
         sources = local_sources(str(model.factory), self._file.folder, self.module, apart=data)
         files = {*sources, *self._read_by_the_factory()}
         depends = {self._relative(path): file_digest(path) for path in sorted(files)}
@@ -200,7 +199,7 @@ class ReferenceModel:
         """
         data = self._file.spec.data
         beside = set(self._file.folder.glob("*.safetensors"))
-        beside -= {self._file.folder / each for each in (data.source, data.calibration or "")}
+        beside -= {self._file.folder / each for each in (data.source or "", data.calibration or "") if each}
         return {path for path in (*self._opened, *(each.resolve() for each in beside)) if path.is_file()}
 
     def _relative(self, path: Path) -> str:

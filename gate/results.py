@@ -83,6 +83,26 @@ class TaskMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     top5_newly_right: int | None = None
 
 
+class TaskValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What engine and reference scored at a task other than classification, on the same samples.
+
+    Args:
+        kind: As `[task] kind`.
+        samples: How many were scored; for tracking, sequences.
+        values: The engine's, by name: `mean_ap`, `ap_of.person`; NaN where not defined.
+        reference: The reference's.
+        statistics: What each sample contributes to the engine's values, packed: a baseline is compared sample by sample.
+        boxes: How the engine's boxes differ from the reference's, by name; empty for other tasks.
+    """
+
+    kind: str
+    samples: int
+    values: dict[str, float]
+    reference: dict[str, float]
+    statistics: str = ""
+    boxes: dict[str, float] = {}
+
+
 class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Latency of one batch. Percentiles are nearest-rank.
 
@@ -148,7 +168,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         build: How it was made; None where it was not.
         engine_sha256: Digest of the engine's file.
         engine_path: Where it lies on this machine, while the run lasts; not in report.json.
-        outputs, task, latency: What was measured.
+        outputs, task, latency: What was measured; `task` of classification, `scores` of any other task.
         reused: What came from the cache: any of `export`, `lowered`, `engine`.
         host_peak_mib: Host memory that loading and running it added at its peak.
         device_peak_mib: Device memory likewise, by the driver's count for the whole GPU; None where it was not run on one.
@@ -171,6 +191,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     engine_path: str | None = None
     outputs: tuple[OutputMetrics, ...] = ()
     task: TaskMetrics | None = None
+    scores: TaskValues | None = None
     latency: LatencyMetrics | None = None
     host_peak_mib: float | None = None
     device_peak_mib: float | None = None

@@ -15,7 +15,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from gate.data.image_spec import ImagesSpec, Preprocess
 from gate.errors import SpecError
+from gate.postprocess.config import Postprocess
+from gate.postprocess.config import problems as postprocess_problems
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -115,27 +118,46 @@ class DataSpec(_Table, frozen=True):
             evaluation samples.
         calibration_samples: How many of them to use; fewer is an error.
         batch: How many samples go through reference and engines at a time.
-        seed: Given to a source function that has a parameter named `seed`.
+        seed: Given to a source function that has a parameter named `seed`; chooses the images of `[data.images]`.
+        images: In place of `source`: images and their ground truth, made the model's input by `[preprocess]`.
+        calibration_images: In place of `calibration`, likewise.
     """
 
-    source: str
     samples: PositiveInt
+    source: str | None = None
+    images: ImagesSpec | None = None
+    calibration_images: ImagesSpec | None = None
     calibration: str | None = None
     calibration_samples: PositiveInt = 128
     batch: PositiveInt = 64
     seed: int = 0
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are calibration samples."""
+        return self.calibration is not None or self.calibration_images is not None
 
 
 class TaskSpec(_Table, frozen=True):
     """What the model is for, so that answers can be compared with labels.
 
     Args:
-        kind: The task.
-        output: The output that holds the class scores, [N, classes]; left out: the only such output.
+        kind: The task: `classification`, `detection`, `instance_segmentation`, `keypoints`, `semantic_segmentation`,
+            `regression`, `tracking`, `embedding`, `tokens`, or one that an installed package brings.
+        output: classification: the output that holds the class scores, [N, classes]; left out: the only such output.
+        options: Of the other kinds, such as `ignore_label = 255` (docs/tasks.md).
+        resamples: How many times the samples are drawn anew for an interval.
     """
 
-    kind: Literal["classification"]
+    kind: Name
     output: str | None = None
+    options: dict[str, Any] = {}
+    resamples: Annotated[int, msgspec.Meta(ge=100, le=100_000)] = 1000
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether top-1 against labels is what is measured."""
+        return self.kind == "classification"
 
 
 class ParityLimits(_Table, frozen=True):
@@ -223,10 +245,12 @@ class BaselineLimits(_Table, frozen=True):
 
     Args:
         top1_drop_at_most_pp: Drop of top-1 accuracy, in percentage points, paired sample by sample.
+        task_drop_at_most: Drop of the first value of another task (`mean_ap`, `mean_iou`), by paired resamples.
         rel_rmse_ratio_at_most: Growth of each output's rel_rmse.
     """
 
     top1_drop_at_most_pp: NonNegative | None = None
+    task_drop_at_most: NonNegative | None = None
     rel_rmse_ratio_at_most: Annotated[float, msgspec.Meta(ge=1)] | None = None
 
 
@@ -369,6 +393,10 @@ class EngineSpec(_Table, frozen=True):
         cast_io: Accept inputs and outputs in another floating dtype than the reference's.
         lowering: How its precision is made.
         rebuilds: Build it so many times; the spread of what the builds answer is part of each finding's interval.
+        nms: Put decoding and suppression of `[postprocess]` into its graph: `onnx` as NonMaxSuppression, `efficient_nms` as
+            TensorRT's plugin. The task is then judged by what comes out of the graph, parity by the outputs before it.
+        task_limits: `[engine.task]` of a `[task]` that is not classification, written there: `mean_ap_at_least`,
+            `mean_ap_drop_at_most`, `mean_ap_ratio_at_least`, and likewise for its other values.
     """
 
     name: Name
@@ -384,7 +412,9 @@ class EngineSpec(_Table, frozen=True):
     lowering: LoweringSpec = LoweringSpec()
     rebuilds: Annotated[int, msgspec.Meta(ge=1, le=20)] = 1
     parity: ParitySpec | None = None
+    nms: Literal["onnx", "efficient_nms"] | None = None
     task: TaskLimits | None = None
+    task_limits: dict[str, float] | None = None
     latency: LatencySpec | None = None
     memory: MemorySpec | None = None
     baseline: BaselineLimits | None = None
@@ -425,6 +455,8 @@ class GateSpec(_Table, frozen=True, rename={"engines": "engine"}):
     data: DataSpec
     engines: tuple[EngineSpec, ...]
     task: TaskSpec | None = None
+    preprocess: Preprocess | None = None
+    postprocess: Postprocess | None = None
     policy: PolicySpec = PolicySpec()
 
 
@@ -518,7 +550,7 @@ def spec_from_text(text: str, *, path: Path) -> SpecFile:
             where=f"{path}:{line_of(text, ('engine',))}",
         )
     try:
-        spec = msgspec.convert(_with_axes(raw), GateSpec)
+        spec = msgspec.convert(_with_task_limits(_with_axes(raw)), GateSpec)
     except msgspec.ValidationError as err:
         raise _spec_error(err, raw=raw, text=text, path=path) from err
     file = SpecFile(path=path, text=text, spec=spec)
@@ -543,11 +575,27 @@ def _with_axes(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "inputs": gathered}
 
 
+def _with_task_limits(raw: dict[str, Any]) -> dict[str, Any]:
+    """The raw tables with each `[engine.task]` under `task_limits` where the task is not classification."""
+    task, engines = raw.get("task"), raw.get("engine")
+    if not isinstance(task, dict) or task.get("kind") == "classification" or not isinstance(engines, list):
+        return raw
+    moved = [
+        {("task_limits" if key == "task" else key): value for key, value in each.items()}
+        if isinstance(each, dict) and "task_limits" not in each
+        else each
+        for each in engines
+    ]
+    return {**raw, "engine": moved}
+
+
 def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str, path: Path) -> SpecError:
     """The decoder's message in the words of the spec: file and line, table, key, the nearest valid name."""
     message, _, at = str(err).partition(" - at `")
     key = _named_key(_key_path(at.rstrip("`")), raw)
     typed = key
+    if key[:1] == ("engine",) and key[2:3] == ("task_limits",):
+        key = (*key[:2], "task", *key[3:])
     if key[:1] == ("inputs",) and len(key) > 2 and key[2] == "axes":
         key = key[:2] + key[3:]
     unknown = re.search(r"unknown field `(.*?)`", message)
@@ -614,7 +662,7 @@ def _named_key(key: KeyPath, raw: Any) -> KeyPath:
         return key
     at = key.index("...")
     owner = _type_at(key[:at])
-    table = _value_at(_with_axes(raw), key[:at])
+    table = _value_at(_with_task_limits(_with_axes(raw)), key[:at])
     for name, value in table.items() if isinstance(table, dict) else ():
         try:
             msgspec.convert({name: value}, dict[str, _python_type(owner)])  # type: ignore[misc]
@@ -758,6 +806,7 @@ def _model_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
         yield ("model", "output_names"), "[model] output_names: a name stands twice"
     if model.metrics is not None and spec.task is None:
         yield ("model", "metrics"), "[model] metrics needs a [task] that measures them"
+    yield from _data_contradictions(spec)
     for key in ("source", "calibration"):
         value = getattr(spec.data, key)
         if value is not None and not value.endswith((".npz", ".safetensors")) and ":" not in value:
@@ -765,6 +814,27 @@ def _model_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
                 ("data", key),
                 f"[data] {key}: expected 'module:function' or an npz or safetensors file, got {value!r}",
             )
+
+
+def _data_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
+    data = spec.data
+    if (data.source is None) == (data.images is None):
+        both = "both source and images" if data.source is not None else "neither source nor images"
+        yield ("data",), f"[data] needs exactly one of source and [data.images]; it has {both}"
+    if data.calibration is not None and data.calibration_images is not None:
+        yield ("data", "calibration"), "[data] has both calibration and [data.calibration_images]"
+    if (data.images is not None or data.calibration_images is not None) and spec.preprocess is None:
+        yield ("data", "images"), "[data.images] needs [preprocess], which says how an image becomes the input"
+    if (data.images is not None or data.calibration_images is not None) and len(spec.inputs) != 1:
+        yield ("inputs",), f"[data.images] gives one input, [inputs] has {len(spec.inputs)}"
+    if spec.postprocess is not None:
+        for problem in postprocess_problems(spec.postprocess):
+            yield ("postprocess", problem.key), f"[postprocess] {problem.message}"
+    if spec.task is not None and spec.task.is_classification:
+        if spec.task.options:
+            yield ("task", "options"), "[task] options are for other kinds than classification"
+    elif spec.task is not None and spec.task.output is not None:
+        yield ("task", "output"), '[task] output is for classification; other kinds take options = { output = "…" }'
 
 
 def _input_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
@@ -818,6 +888,8 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
     yield from _option_contradictions(spec, engine)
     yield from _lowering_contradictions(engine)
     checks = {key: getattr(engine, key) for key in ("parity", "task", "latency", "memory", "baseline")}
+    if engine.task_limits is not None:
+        checks["task"] = engine.task_limits
     asked = {key: table for key, table in checks.items() if table is not None}
     if engine.required_evidence == "preflight":
         for key in asked:
@@ -847,19 +919,38 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
             yield ("parity", "defaults"), "[engine.parity] has defaults = false and no limit of its own"
     if engine.task is not None and spec.task is None:
         yield ("task",), "[engine.task] needs a [task] table that says what the model is for"
-    if engine.baseline is not None and engine.baseline.top1_drop_at_most_pp is not None and (spec.task is None):
-        yield ("baseline", "top1_drop_at_most_pp"), "top1_drop_at_most_pp needs a [task]"
+    if engine.baseline is not None:
+        classifies = spec.task is not None and spec.task.is_classification
+        if engine.baseline.top1_drop_at_most_pp is not None and not classifies:
+            yield ("baseline", "top1_drop_at_most_pp"), 'top1_drop_at_most_pp needs a [task] of kind = "classification"'
+        if engine.baseline.task_drop_at_most is not None and (spec.task is None or classifies):
+            yield (
+                ("baseline", "task_drop_at_most"),
+                "task_drop_at_most needs a [task] that is not classification, which has top1_drop_at_most_pp",
+            )
+    if engine.nms is not None:
+        if spec.postprocess is None:
+            yield ("nms",), "nms needs [postprocess], which says what the outputs mean"
+        if engine.onnx is not None or engine.plan is not None:
+            yield ("nms",), "nms changes the graph that is made here, and the engine has its own onnx or plan"
+        if engine.backend in ("torch", "tensorrt_rtx"):
+            yield ("nms",), f"backend {engine.backend!r} cannot run it: it takes onnxruntime or tensorrt"
+        if engine.nms == "efficient_nms" and engine.backend != "tensorrt":
+            yield ("nms",), 'efficient_nms is a plugin of TensorRT: backend = "tensorrt", or nms = "onnx"'
+        if engine.options.typing == "weak":
+            yield ("nms",), "nms with weak typing is not supported: the lowered graph carries it"
     if (
         engine.precision in QUANTIZED
         and engine.required_evidence != "preflight"
         and engine.task is None
+        and engine.task_limits is None
         and (engine.parity is None or engine.parity.top1_agreement_at_least is None)
     ):
         yield (
             ("precision",),
             f"{engine.precision} is decided by its answers: add [engine.task], or top1_agreement_at_least in [engine.parity]",
         )
-    if engine.precision in QUANTIZED and not engine.brings_scales and spec.data.calibration is None:
+    if engine.precision in QUANTIZED and not engine.brings_scales and not spec.data.calibrates:
         yield (
             ("precision",),
             f'{engine.precision} needs calibration samples: add calibration = "module:function" to [data]'

@@ -15,7 +15,17 @@ PACKAGE = ROOT / "gate"
 # From the bottom up. `name.*` is a folder whose files may import each other.
 LAYERS = {
     "errors": ("errors",),
-    "words": ("manifest", "spec", "statistics", "tensors", "verdict", "wording"),
+    "words": (
+        "data.image_spec",
+        "manifest",
+        "postprocess.config",
+        "spec",
+        "statistics",
+        "targets",
+        "tensors",
+        "verdict",
+        "wording",
+    ),
     "results": ("engines.interface", "metadata", "results"),
     "judges": (
         "calibration",
@@ -24,6 +34,7 @@ LAYERS = {
         "latency",
         "metamorphic",
         "metrics.*",
+        "postprocess.*",
         "precision",
         "rebuilds",
         "tolerances",
@@ -50,6 +61,7 @@ CORE = ("errors", "words", "results", "judges")
 
 # Within one layer imports go nowhere, but for these: importer -> what it may import.
 SIDEWAYS = {
+    "spec": {"data.image_spec", "postprocess.config"},
     "statistics": {"verdict"},
     "wording": {"verdict"},
     "metadata": {"engines.interface", "results"},
@@ -65,16 +77,22 @@ SIDEWAYS = {
 }
 
 FRAMEWORKS = (
+    "PIL",
     "cuda",
+    "datasets",
+    "faster_coco_eval",
     "jsonschema",
     "matplotlib",
     "modelopt",
+    "motmetrics",
     "onnx",
     "onnx_graphsurgeon",
     "onnxruntime",
     "onnxscript",
     "onnxslim",
+    "pandas",
     "polygraphy",
+    "pycocotools",
     "pynvml",
     "rich",
     "scipy",

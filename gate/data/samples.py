@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,9 +22,11 @@ import numpy.typing as npt
 from gate.device import usable_cores
 from gate.errors import DataError
 from gate.spec import InputSpec, SpecFile
+from gate.targets import Categories
 from gate.tensors import Array
 
 LABEL_KEYS = ("label", "labels")
+TARGET_KEYS = ("target", "targets")
 
 _HASHED_ALONE_BYTES = 1 << 20
 """A batch below this is hashed by the thread that has it: handing it over would take longer."""
@@ -37,10 +39,15 @@ class Samples:
     Args:
         inputs: Per input an array [N, ...] in the dtype that the spec declares.
         labels: int [N] class indices, or None where there is no ground truth.
+        targets: In place of labels, N objects of the task's ground truth: `ImageTarget` for detections, an integer array
+            [H, W] for semantic segmentation, an array for regression (docs/tasks.md).
+        categories: Names of the categories by id, where the task has them.
     """
 
     inputs: Mapping[str, Array]
     labels: Array | None = None
+    targets: Sequence[Any] | None = None
+    categories: Categories | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,13 @@ class Batch:
         first: Index of the first of them in the data set.
         inputs: Per input an array [n, ...].
         labels: int64 [n], or None.
+        targets: n objects of ground truth, or None.
     """
 
     first: int
     inputs: dict[str, Array]
     labels: npt.NDArray[np.int64] | None
+    targets: tuple[Any, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -85,7 +94,7 @@ class ArraySource:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """As `SampleSource.batches`."""
-        labels = self.samples.labels
+        labels, targets = self.samples.labels, self.samples.targets
         for first in range(0, self.count, size):
             yield Batch(
                 first=first,
@@ -94,6 +103,7 @@ class ArraySource:
                     for name, values in self.samples.inputs.items()
                 },
                 labels=None if labels is None else np.asarray(labels[first : first + size], dtype=np.int64),
+                targets=None if targets is None else tuple(targets[first : first + size]),
             )
 
 
@@ -111,26 +121,29 @@ class DatasetSource:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """As `SampleSource.batches`."""
-        held: list[tuple[dict[str, Array], object]] = []
+        held: list[_Item] = []
         first = 0
         for index in range(self.count):
             item = self._item(index)
-            if held and (len(held) == size or not _same_shapes(held[0][0], item[0])):
+            if held and (len(held) == size or not _same_shapes(held[0].inputs, item.inputs)):
                 yield self._stacked(first, held)
                 first, held = index, []
             held.append(item)
         if held:
             yield self._stacked(first, held)
 
-    def _item(self, index: int) -> tuple[dict[str, Array], object]:
+    def _item(self, index: int) -> _Item:
         try:
             item = self.dataset[index]
         except Exception as err:
             raise DataError(f"sample {index} cannot be read: {type(err).__name__}: {err}", where=self.where) from err
         label: object = None
+        target: object = None
         if isinstance(item, Mapping):
-            inputs = {str(key): value for key, value in item.items() if key not in LABEL_KEYS}
-            label = next((item[key] for key in LABEL_KEYS if key in item), None)
+            truth = (*LABEL_KEYS, *TARGET_KEYS)
+            inputs = {str(key): value for key, value in item.items() if key in self.names or key not in truth}
+            label = next((item[key] for key in LABEL_KEYS if key in item and key not in self.names), None)
+            target = next((item[key] for key in TARGET_KEYS if key in item and key not in self.names), None)
         elif isinstance(item, (tuple, list)) and len(item) == len(self.names) + 1:
             inputs = dict(zip(self.names, item[:-1], strict=True))
             label = item[-1]
@@ -142,25 +155,36 @@ class DatasetSource:
                 f"{', '.join(map(repr, self.names))}",
                 where=self.where,
             )
-        return {
+        arrays = {
             name: _as_array(value, f"input {name!r} of sample {index}", self.where) for name, value in inputs.items()
-        }, label
+        }
+        return _Item(arrays, label, target)
 
-    def _stacked(self, first: int, held: list[tuple[dict[str, Array], object]]) -> Batch:
-        names = held[0][0].keys()
-        for offset, (inputs, _) in enumerate(held):
-            if inputs.keys() != names:
+    def _stacked(self, first: int, held: list[_Item]) -> Batch:
+        names = held[0].inputs.keys()
+        for offset, item in enumerate(held):
+            if item.inputs.keys() != names:
                 raise DataError(f"sample {first + offset} has other inputs than sample {first}", where=self.where)
-        labelled = [label is not None for _, label in held]
-        if any(labelled) and not all(labelled):
-            index = first + labelled.index(False)
-            raise DataError(f"sample {index} has no label, others have", where=self.where)
-        labels = np.asarray([_as_label(label, self.where) for _, label in held]) if all(labelled) else None
+        for word in ("label", "target"):
+            given = [getattr(item, word) is not None for item in held]
+            if any(given) and not all(given):
+                raise DataError(f"sample {first + given.index(False)} has no {word}, others have", where=self.where)
+        labelled = held[0].label is not None
         return Batch(
             first=first,
-            inputs={name: np.stack([inputs[name] for inputs, _ in held]) for name in names},
-            labels=labels,
+            inputs={name: np.stack([item.inputs[name] for item in held]) for name in names},
+            labels=np.asarray([_as_label(item.label, self.where) for item in held]) if labelled else None,
+            targets=tuple(item.target for item in held) if held[0].target is not None else None,
         )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One sample of a dataset."""
+
+    inputs: dict[str, Array]
+    label: object
+    target: object
 
 
 def _as_array(value: object, what: str, where: str) -> Array:
@@ -191,7 +215,8 @@ class DataDigest:
     Args:
         samples: sha256 of each sample's inputs, in order, 32 bytes each.
         inputs_sha256: Of all inputs in order.
-        data_sha256: Of all inputs and labels in order.
+        data_sha256: Of all inputs, labels and targets in order.
+        targets: sha256 of each sample's ground truth where it is no label; empty where there is none.
         labels: int64 little-endian, one after another; empty where there are none.
         batches: 128-bit XXH3 of the inputs of each batch that was gone through, by its first sample and its size. It takes
             a twentieth of sha256's time, and tells samples that changed by chance: what this process saw once it is held
@@ -202,6 +227,7 @@ class DataDigest:
     inputs_sha256: str
     data_sha256: str
     labels: bytes = b""
+    targets: tuple[bytes, ...] = ()
     batches: Mapping[tuple[int, int], bytes] = field(default_factory=dict, compare=False)
 
 
@@ -273,13 +299,23 @@ class DigestedSource:
         return lambda: tuple(digests) == self.digest.samples[batch.first : batch.first + batch.size]
 
     def _hold(self, batch: Batch, is_known: Callable[[], bool]) -> None:
+        part = slice(batch.first, batch.first + batch.size)
         labels = b"" if batch.labels is None else batch.labels.astype("<i8").tobytes()
-        if not is_known() or labels != self.digest.labels[8 * batch.first : 8 * (batch.first + batch.size)]:
+        targets = () if batch.targets is None else tuple(target_digest(each) for each in batch.targets)
+        same = labels == self.digest.labels[8 * part.start : 8 * part.stop] and targets == self.digest.targets[part]
+        if not is_known() or not same:
             raise DataError(
                 f"gives other samples or labels from {batch.first} on than it gave before",
                 where=self.where,
                 hint="Every run through the data must give the same: fix its seed, its order and its augmentation.",
             )
+
+
+def categories_of(source: SampleSource) -> Categories | None:
+    """The categories that a source names; None where it names none."""
+    inner = source.source if isinstance(source, DigestedSource) else source
+    found = inner.samples.categories if isinstance(inner, ArraySource) else getattr(inner, "categories", None)
+    return found if isinstance(found, Categories) else None
 
 
 def all_batches(source: SampleSource, size: int) -> Iterator[Batch]:
@@ -315,7 +351,7 @@ def open_source(file: SpecFile, source: str, *, needed: int, key: str) -> Sample
             raise
         except Exception as err:
             raise DataError(f"failed: {type(err).__name__}: {err}", where=where) from err
-    found = _as_source(value, names, where)
+    found = _image_source(value, file, needed=needed, where=where) or _as_source(value, names, where)
     if len(found) == 0:
         raise DataError(f"gives no samples, [data] asks for {needed}", where=where)
     if len(found) < needed:
@@ -325,6 +361,32 @@ def open_source(file: SpecFile, source: str, *, needed: int, key: str) -> Sample
             hint="Fewer samples than asked for is never a pass: restore the data, or lower the number in the spec.",
         )
     return found
+
+
+def _image_source(value: object, file: SpecFile, *, needed: int, where: str) -> SampleSource | None:
+    """Images that a function names, made the model's input by `[preprocess]`; None where it gave something else."""
+    from gate.data.image_sources import images_from
+
+    spec = file.spec
+    images = images_from(value, where=where)
+    if images is None:
+        if spec.preprocess is not None and spec.data.images is None:
+            raise DataError(
+                f"gave a {type(value).__name__}, which is the model's input already, and there is [preprocess]",
+                where=where,
+                hint="Return images (gate.read_images, or a Hugging Face dataset), or take [preprocess] out.",
+            )
+        return None
+    if spec.preprocess is None or len(spec.inputs) != 1:
+        raise DataError(
+            "gives images; they need [preprocess], which says how one becomes the model's only input", where=where
+        )
+    from gate.data.images import ImageSource
+
+    name, given = next(iter(spec.inputs.items()))
+    return ImageSource(
+        images, preprocess=spec.preprocess, input_name=name, dtype=given.dtype, samples=needed, seed=spec.data.seed
+    )
 
 
 def _call(function: Callable[..., object], *, seed: int) -> object:
@@ -350,7 +412,8 @@ def _as_source(value: object, names: tuple[str, ...], where: str) -> SampleSourc
     if isinstance(value, Mapping):
         arrays = {str(name): _as_array(array, repr(str(name)), where) for name, array in value.items()}
         labels = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays and key not in names), None)
-        value = Samples(inputs=arrays, labels=labels)
+        targets = next((arrays.pop(key) for key in TARGET_KEYS if key in arrays and key not in names), None)
+        value = Samples(inputs=arrays, labels=labels, targets=None if targets is None else list(targets))
     if isinstance(value, Samples):
         if not isinstance(value.inputs, Mapping):
             raise DataError(f"its inputs are a {type(value.inputs).__name__}, expected arrays by name", where=where)
@@ -375,7 +438,11 @@ def _as_source(value: object, names: tuple[str, ...], where: str) -> SampleSourc
                 )
             if len(labels_array) != count:
                 raise DataError(f"has {count} samples but {len(labels_array)} labels", where=where)
-        return ArraySource(Samples(inputs, value.labels), count)
+        if value.targets is not None and len(value.targets) != count:
+            raise DataError(f"has {count} samples but {len(value.targets)} targets", where=where)
+        return ArraySource(Samples(inputs, value.labels, value.targets, value.categories), count)
+    if callable(getattr(value, "batches", None)) and hasattr(value, "__len__"):
+        return cast("SampleSource", value)
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
         try:
             count = len(value)
@@ -412,6 +479,7 @@ def digest_of(
     ids: list[bytes] = []
     batches: dict[tuple[int, int], bytes] = {}
     labels: list[bytes] = []
+    targets: list[bytes] = []
     labelled = 0
     for each in source.batches(batch):
         _require_fits(each, inputs, where)
@@ -423,16 +491,77 @@ def digest_of(
         if each.labels is not None:
             labels.append(each.labels.astype("<i8").tobytes())
             labelled += each.size
+        if each.targets is not None:
+            if len(each.targets) != each.size:
+                raise DataError(f"gave {len(each.targets)} targets for {each.size} samples", where=where)
+            targets.extend(_target_digest(target, each.first + row, where) for row, target in enumerate(each.targets))
     if len(ids) != len(source):
         raise DataError(f"said it has {len(source)} samples and gave {len(ids)}", where=where)
     if labelled not in (0, len(ids)):
         raise DataError(f"gave labels for {labelled} of {len(ids)} samples", where=where)
+    if len(targets) not in (0, len(ids)):
+        raise DataError(f"gave targets for {len(targets)} of {len(ids)} samples", where=where)
     inputs_sha256 = hashlib.sha256(b"".join(ids)).hexdigest()
     all_labels = b"".join(labels)
-    data = hashlib.sha256(f"{inputs_sha256}:{labelled}:{hashlib.sha256(all_labels).hexdigest()}".encode()).hexdigest()
+    parts = [inputs_sha256, str(labelled), hashlib.sha256(all_labels).hexdigest()]
+    if targets:
+        parts.append(hashlib.sha256(b"".join(targets)).hexdigest())
     return DataDigest(
-        samples=tuple(ids), inputs_sha256=inputs_sha256, data_sha256=data, labels=all_labels, batches=batches
+        samples=tuple(ids),
+        inputs_sha256=inputs_sha256,
+        data_sha256=hashlib.sha256(":".join(parts).encode()).hexdigest(),
+        labels=all_labels,
+        targets=tuple(targets),
+        batches=batches,
     )
+
+
+def _target_digest(target: object, index: int, where: str) -> bytes:
+    try:
+        return target_digest(target)
+    except TypeError as err:
+        raise DataError(f"the target of sample {index} {err}", where=where) from err
+
+
+def target_digest(target: object) -> bytes:
+    """sha256 of a sample's ground truth by content: numbers, texts, arrays, mappings, sequences, and dataclasses of these.
+
+    Raises:
+        TypeError: It holds something else.
+    """
+    one = hashlib.sha256()
+    _digest_into(one, target)
+    return one.digest()
+
+
+def _digest_into(one: Any, value: object) -> None:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biufSU":
+            raise TypeError(f"holds an array of {value.dtype}, expected numbers")
+        one.update(f"array:{value.dtype.str}:{value.shape}:".encode())
+        one.update(np.ascontiguousarray(value).tobytes())
+    elif value is None or isinstance(value, (bool, int, float, str, np.generic)):
+        plain = value.item() if isinstance(value, np.generic) else value
+        text = f"{type(plain).__name__}:{plain!r}".encode()
+        one.update(f"{len(text)}:".encode() + text)
+    elif isinstance(value, bytes):
+        one.update(f"bytes:{len(value)}:".encode() + value)
+    elif isinstance(value, Mapping):
+        one.update(f"mapping:{len(value)}:".encode())
+        for key in sorted(value, key=str):
+            _digest_into(one, str(key))
+            _digest_into(one, value[key])
+    elif isinstance(value, (list, tuple)):
+        one.update(f"sequence:{len(value)}:".encode())
+        for each in value:
+            _digest_into(one, each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        one.update(f"{type(value).__name__}:".encode())
+        for each in fields(value):
+            _digest_into(one, each.name)
+            _digest_into(one, getattr(value, each.name))
+    else:
+        raise TypeError(f"holds a {type(value).__name__}, expected numbers, texts, arrays or mappings of them")
 
 
 def _row_digests(batch: Batch) -> Iterator[bytes]:

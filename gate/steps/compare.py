@@ -19,7 +19,8 @@ from gate.errors import DataError, MeasurementError, RunError
 from gate.reference import OutputScale, Recording, run_filled
 from gate.results import OutputMetrics, TaskMetrics
 from gate.spec import EngineSpec
-from gate.steps.context import Context, scores_output
+from gate.steps.context import Context, data_where, scores_output
+from gate.steps.task import TaskMeasured, nms_outputs, task_run
 from gate.tensors import Array, NamedArrays, mismatches
 from gate.verdict import Evidence, Failure, Finding, Status
 
@@ -34,13 +35,15 @@ class Compared:
 
     Args:
         outputs: One for each output of the reference.
-        task: The counts of answers, where the spec has a task.
+        task: The counts of answers, where the task is classification.
+        answers: What any other task gave.
         notes: What a reader should know.
         on_device: Whether outputs were compared on the GPU, whose memory then holds what that takes beside the engine.
     """
 
     outputs: tuple[OutputMetrics, ...]
     task: TaskMetrics | None
+    answers: TaskMeasured | None
     notes: tuple[str, ...]
     on_device: bool
 
@@ -52,6 +55,7 @@ def compare_outputs(
     evidence: Evidence,
     findings: list[Finding | Failure],
     *,
+    engine_sha256: str = "",
     device_is_usable: Callable[[], bool] = has_cuda,
     before_device: Callable[[], None] = lambda: None,
 ) -> Compared | None:
@@ -66,6 +70,7 @@ def compare_outputs(
         runner: It, loaded.
         evidence: Of the findings.
         findings: Appended to.
+        engine_sha256: Of the engine's file; the task's resamples are drawn by it.
         device_is_usable: Asked where comparing on the device pays.
         before_device: Called once, before the first batch that stays on the device.
 
@@ -79,7 +84,9 @@ def compare_outputs(
     from gate.tolerances import parity_findings
 
     recording = run.recording
-    scores = scores_output(run) if run.spec.task is not None else None
+    classifies = run.spec.task is not None and run.spec.task.is_classification
+    scores = scores_output(run) if classifies else None
+    answers = task_run(run, engine)
     accumulators: dict[str, OutputAccumulator] = {}
     task = ClassificationAccumulator() if scores is not None else None
     labels: list[Array] = []
@@ -94,9 +101,11 @@ def compare_outputs(
                     on_device = True
                     afterwards.callback(give_memory_back)
                     before_device()
-                candidate = _Outputs(run_batch_to_device(runner, batch, engine=engine, run=run))
+                given = run_batch_to_device(runner, batch, engine=engine, run=run)
             else:
-                candidate = _Outputs(run_batch(runner, batch, engine=engine, run=run))
+                given = run_batch(runner, batch, engine=engine, run=run)
+            inside = _Outputs(nms_outputs(given) if engine.nms is not None else {})
+            candidate = _Outputs(given)
             wrong = mismatches(reference, candidate.described(), cast_io=engine.cast_io)
             if wrong:
                 findings.append(
@@ -124,10 +133,13 @@ def compare_outputs(
                 if batch.labels is None:
                     raise DataError(
                         "[task] needs labels, and the samples have none",
-                        where=f"[data] source = {run.spec.data.source!r}",
+                        where=data_where(run.spec.data, "source"),
                     )
                 task.add(reference[scores], candidate.on_host(scores), batch.labels, first_sample=batch.first)
                 labels.append(batch.labels)
+            if answers is not None:
+                ours = {name: candidate.on_host(name) for name in candidate.given}
+                answers.add(reference, ours | {name: inside.on_host(name) for name in inside.given}, batch)
             if kept_rows < DIAGNOSED_ROWS:
                 for name, values in reference.items():
                     pair = kept.setdefault(name, ([], []))
@@ -152,9 +164,17 @@ def compare_outputs(
             findings.extend(
                 task_findings(counted, engine=engine, file=run.file, evidence=evidence, labels=np.concatenate(labels))
             )
+    measured: TaskMeasured | None = None
+    if answers is not None:
+        with run.stage("task", engine=engine.name):
+            measured = answers.measured(evidence, engine_sha256)
+        findings.extend(measured.findings)
+        notes.extend(measured.notes)
     if scores is not None and any(finding.status is not Status.PASSED for finding in findings):
         notes.extend(_worst_answer(run, engine, runner, scores, outputs))
-    return Compared(outputs=outputs, task=counted, notes=tuple(dict.fromkeys(notes)), on_device=on_device)
+    return Compared(
+        outputs=outputs, task=counted, answers=measured, notes=tuple(dict.fromkeys(notes)), on_device=on_device
+    )
 
 
 @dataclass(frozen=True)

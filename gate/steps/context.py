@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from gate.calibration import InputStats, add_inputs, scale_notes
+from gate.data.image_spec import Preprocess
 from gate.data.samples import (
     Batch,
     DataDigest,
@@ -25,7 +26,7 @@ from gate.data.samples import (
 from gate.errors import DataError, MeasurementError
 from gate.reference import ModelIdentity, Recording, ReferenceModel, batch_size, read_recording
 from gate.reference import record as record_reference
-from gate.spec import SpecFile
+from gate.spec import DataSpec, SpecFile
 from gate.tensors import Array
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Context:
         self._seen: dict[str, InputStats] = {}
         self.scale_notes: tuple[str, ...] = ()
         self.graph: Exported | None = None
+        self._closing: list[Callable[[], None]] = []
 
     @contextmanager
     def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> Iterator[None]:
@@ -140,35 +142,70 @@ class Context:
     def open_samples(self) -> None:
         """Read, check and digest every evaluation sample."""
         data = self.spec.data
-        where = f"[data] source = {data.source!r}"
+        where = data_where(data, "source")
         with self.stage("samples"):
-            self.source = open_source(self.file, data.source, needed=data.samples, key="source")
+            self.source = self._opened("source", data.samples)
             self.digest = digest_of(
                 self.source,
                 inputs=self.spec.inputs,
                 batch=batch_size(self.file),
                 where=where,
-                look=None if data.calibration is None else lambda inputs: add_inputs(self._seen, inputs),
+                look=None if not data.calibrates else lambda inputs: add_inputs(self._seen, inputs),
             )
             self.source = DigestedSource(self.source, self.digest, where)
             labels = np.frombuffer(self.digest.labels, "<i8")
-            if self.spec.task is not None and len(labels) > 1 and labels.min() == labels.max():
+            if (
+                self.spec.task is not None
+                and self.spec.task.is_classification
+                and len(labels) > 1
+                and labels.min() == labels.max()
+            ):
                 raise DataError(
                     f"all {len(labels)} labels are {labels[0]}, so an engine that always gives one answer would be right",
                     where=where,
                 )
-            if data.calibration is not None:
+            if data.calibrates:
                 self.calibration()
+
+    def _opened(self, key: Literal["source", "calibration"], needed: int) -> SampleSource:
+        """The samples that `[data]` names, by a function, a file or images."""
+        data = self.spec.data
+        images = data.images if key == "source" else data.calibration_images
+        if images is None:
+            source = open_source(self.file, str(getattr(data, key)), needed=needed, key=key)
+            if callable(close := getattr(source, "close", None)):
+                self._closing.append(close)
+            return source
+        from gate.data.image_sources import open_images
+
+        name, given = next(iter(self.spec.inputs.items()))
+        opened = open_images(
+            images,
+            self.file.folder,
+            preprocess=self.spec.preprocess or Preprocess(resize="none"),
+            input_name=name,
+            dtype=given.dtype,
+            samples=needed,
+            seed=data.seed,
+            where=data_where(data, key),
+        )
+        self._closing.append(opened.close)
+        return opened
+
+    def close(self) -> None:
+        """End the processes that decode images."""
+        while self._closing:
+            self._closing.pop()()
 
     def calibration(self) -> tuple[SampleSource, DataDigest]:
         """The calibration samples, checked against the evaluation samples: none in both, and of the same scale."""
         if self._calibration is None:
             data = self.spec.data
-            if data.calibration is None:
+            if not data.calibrates:
                 raise DataError("[data] names no calibration samples", where=str(self.file.path))
-            source = open_source(self.file, data.calibration, needed=data.calibration_samples, key="calibration")
+            source = self._opened("calibration", data.calibration_samples)
             source = _First(source, data.calibration_samples)
-            where = f"[data] calibration = {data.calibration!r}"
+            where = data_where(data, "calibration")
             seen: dict[str, InputStats] = {}
             digest = digest_of(
                 source,
@@ -214,6 +251,15 @@ class Context:
             raise MeasurementError("the recorded reference holds more samples than the data source gave")
 
 
+def data_where(data: DataSpec, key: Literal["source", "calibration"]) -> str:
+    """What to call the samples in errors."""
+    images = data.images if key == "source" else data.calibration_images
+    if images is None:
+        return f"[data] {key} = {getattr(data, key)!r}"
+    table = "images" if key == "source" else "calibration_images"
+    return f"[data.{table}] {images.annotations or images.path}"
+
+
 @dataclass(frozen=True)
 class _First:
     """The first so many samples of a source."""
@@ -234,7 +280,8 @@ class _First:
                 yield batch
                 continue
             labels = None if batch.labels is None else batch.labels[:left]
-            yield Batch(batch.first, {name: values[:left] for name, values in batch.inputs.items()}, labels)
+            targets = None if batch.targets is None else batch.targets[:left]
+            yield Batch(batch.first, {name: values[:left] for name, values in batch.inputs.items()}, labels, targets)
 
 
 def scores_output(run: Context) -> str:

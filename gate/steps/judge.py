@@ -12,6 +12,7 @@ import numpy as np
 from gate.engines.interface import Backend, GpuTimed, Runner
 from gate.errors import BuildError, GateError, MeasurementError
 from gate.metamorphic import applicable_checks, metamorphic_findings
+from gate.metrics.findings import asked_limits
 from gate.rebuilds import build_differences, with_spread
 from gate.reference import batch_size
 from gate.results import EngineResult
@@ -19,6 +20,7 @@ from gate.spec import EngineSpec, LatencySpec, SpecFile, located
 from gate.steps.compare import compare_outputs
 from gate.steps.context import Context
 from gate.steps.make import Made, make_engine, model_resources
+from gate.steps.task import task_kind
 from gate.tensors import Array
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Verdict, is_covered
 
@@ -114,7 +116,7 @@ def rebuilt(
             others.append(again)
             findings.extend(_build_findings(engine, again, _size_bytes(engine, backend, again), file=run.file))
             with _opened(run, engine, backend, again) as runner:
-                compare_outputs(run, engine, runner, evidence, findings)
+                compare_outputs(run, engine, runner, evidence, findings, engine_sha256=again.sha256)
         except GateError as err:
             findings.append(_failure(f"run[rebuild {index}]", err, evidence))
     builds = (made, *others)
@@ -159,6 +161,9 @@ def required_checks(engine: EngineSpec, run: Context, *, layers_listed: bool) ->
         asked = {key: getattr(engine.task, key) for key in engine.task.__struct_fields__}
         wanted = [key for key, value in asked.items() if value is not None] or ["top1_drop_at_most_pp"]
         names.extend("task." + key.replace("_drop_at_most_pp", "_drop_pp").replace("_at_least", "") for key in wanted)
+    kind = task_kind(run)
+    if kind is not None and engine.task_limits is not None:
+        names.extend(each.check for each in asked_limits(kind, engine, run.file))
     if engine.latency is not None:
         names.extend(
             f"latency.{key}" for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms") if getattr(engine.latency, key)
@@ -236,11 +241,23 @@ def _run_engine(
 
     evidence = result.evidence or Evidence.PREFLIGHT
     with host_peak() as host:
-        compared = compare_outputs(run, engine, runner, evidence, findings, before_device=lambda: _seen(peak))
+        compared = compare_outputs(
+            run,
+            engine,
+            runner,
+            evidence,
+            findings,
+            engine_sha256=result.engine_sha256 or "",
+            before_device=lambda: _seen(peak),
+        )
         if compared is None:
             return result
         result = msgspec.structs.replace(
-            result, outputs=compared.outputs, task=compared.task, notes=(*result.notes, *compared.notes)
+            result,
+            outputs=compared.outputs,
+            task=compared.task,
+            scores=None if compared.answers is None else compared.answers.values,
+            notes=(*result.notes, *compared.notes),
         )
         _metamorphic(run, engine, runner, evidence, findings)
         if not compared.on_device:

@@ -212,9 +212,9 @@ def _graph_for(run: Context, engine: EngineSpec, backend: Backend) -> _Graph:
     exported = exported_graph(run)
     reused = ("export",) if exported.reused else ()
     if origin == "exported":
-        return _Graph(exported.path, exported.sha256, exported.opset, reused=reused)
+        return _with_nms(run, engine, _Graph(exported.path, exported.sha256, exported.opset, reused=reused))
     lowered = lowered_graph(run, engine, exported)
-    return _Graph(
+    graph = _Graph(
         lowered.path,
         lowered.sha256,
         lowered.opset,
@@ -223,6 +223,24 @@ def _graph_for(run: Context, engine: EngineSpec, backend: Backend) -> _Graph:
         notes=lowered.notes,
         lowering=lowered.record,
     )
+    return _with_nms(run, engine, graph)
+
+
+def _with_nms(run: Context, engine: EngineSpec, graph: _Graph) -> _Graph:
+    """The graph with decoding and suppression inside, where the engine asks for it."""
+    config = run.spec.postprocess
+    if engine.nms is None or config is None or graph.path is None:
+        return graph
+    from gate.lower.nms import with_efficient_nms, with_onnx_nms
+
+    source = graph.path
+    add = with_onnx_nms if engine.nms == "onnx" else with_efficient_nms
+    with run.stage("lower", engine=engine.name):
+        key = run.cache.entry_key(onnx=graph.sha256, nms=engine.nms, postprocess=msgspec.to_builtins(config))
+        entry = run.cache.get("nms", key)
+        if entry is None:
+            entry = run.cache.put("nms", key, lambda folder: add(source, folder / "model.onnx", config), {})
+    return replace(graph, path=entry.path("model.onnx"), sha256=graph_digest(entry))
 
 
 def model_resources(run: Context) -> Resources:
@@ -331,7 +349,7 @@ def graph_name(engine: EngineSpec) -> str:
 def _looks_at_samples(run: Context, engine: EngineSpec) -> bool:
     """Whether the calibration samples decide what the graph is lowered to."""
     calibrated = engine.precision in QUANTIZED and not engine.brings_scales
-    return calibrated or (engine.lowering.data_max is not None and run.spec.data.calibration is not None)
+    return calibrated or (engine.lowering.data_max is not None and run.spec.data.calibrates)
 
 
 def _require_same_calibration(run: Context, engine: EngineSpec, graph: RecordedGraph) -> None:

@@ -1,0 +1,1 @@
+"""From a detector's raw outputs to detections in the image's pixels: decode, suppression, mapping back, tiles."""
