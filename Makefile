@@ -10,10 +10,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test check schemas bench clean
+.PHONY: help demo demo-detector test check schemas bench clean
 
 help:
 	@echo 'make demo    install and check the example: examples/digits/gate.toml'
+	@echo 'make demo-detector  likewise: examples/digit-detector/gate.toml'
 	@echo 'make test    install and run the tests'
 	@echo 'make check   lint, types, workflows and schemas'
 	@echo 'make schemas write the JSON Schemas anew'
@@ -32,6 +33,9 @@ $(BIN)/python:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/gate check examples/digits/gate.toml --seal dist
+
+demo-detector: $(VENV)/.installed-demo
+	$(BIN)/gate check examples/digit-detector/gate.toml --seal dist
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) -m 'not gpu'
@@ -69,4 +73,4 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .gate dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .gate dist build examples/*/build .pytest_cache .mypy_cache .ruff_cache .hypothesis

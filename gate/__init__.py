@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gate.data.image_sources import read_images
+    from gate.data.image_spec import ImagesSpec
     from gate.data.samples import Samples
     from gate.errors import (
         BackendUnavailable,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from gate.results import CheckRun, EngineResult
     from gate.spec import GateSpec, SpecFile, read_spec
     from gate.store import verify
+    from gate.targets import Categories, Detections, ImageRecord, ImageTarget, TrackedFrame
     from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict
 
 __version__ = "0.1.0"
@@ -42,9 +45,11 @@ __all__ = [
     "BaselineError",
     "BuildError",
     "BundleError",
+    "Categories",
     "CheckOptions",
     "CheckRun",
     "DataError",
+    "Detections",
     "DigestMismatch",
     "EngineResult",
     "Evidence",
@@ -54,6 +59,9 @@ __all__ = [
     "Finding",
     "GateError",
     "GateSpec",
+    "ImageRecord",
+    "ImageTarget",
+    "ImagesSpec",
     "IncompatibleEngine",
     "Interval",
     "Limit",
@@ -65,9 +73,11 @@ __all__ = [
     "SpecError",
     "SpecFile",
     "Status",
+    "TrackedFrame",
     "Verdict",
     "VerificationError",
     "check",
+    "read_images",
     "read_spec",
     "seal_passed",
     "verify",
@@ -83,6 +93,13 @@ _ELSEWHERE = {
     "GateSpec": "gate.spec",
     "Interval": "gate.verdict",
     "Limit": "gate.verdict",
+    "Categories": "gate.targets",
+    "Detections": "gate.targets",
+    "ImageRecord": "gate.targets",
+    "ImageTarget": "gate.targets",
+    "ImagesSpec": "gate.data.image_spec",
+    "TrackedFrame": "gate.targets",
+    "read_images": "gate.data.image_sources",
     "Samples": "gate.data.samples",
     "SpecFile": "gate.spec",
     "Status": "gate.verdict",

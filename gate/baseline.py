@@ -31,6 +31,9 @@ from gate.manifest import (
     strict_json,
 )
 from gate.metrics.classification import DEFAULT_DROP_PP, baseline_task_finding
+from gate.metrics.findings import baseline_finding, unpacked
+from gate.metrics.kinds import kind_named
+from gate.metrics.resampling import seed_from
 from gate.results import CheckRun, EngineResult, Fingerprint, OutputMetrics
 from gate.spec import BaselineLimits, EngineSpec, Name, SpecFile
 from gate.statistics import clopper_pearson
@@ -111,6 +114,22 @@ class BaselineTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     correct: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{2})*$")]
 
 
+class BaselineScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the engine scored at a task other than classification.
+
+    Args:
+        kind: The task.
+        samples: How many were scored; for tracking, sequences.
+        values: Those that are defined, by name.
+        statistics: What each sample contributes, packed (`gate.metrics.findings.packed`).
+    """
+
+    kind: Annotated[str, msgspec.Meta(min_length=1)]
+    samples: PositiveCount
+    values: Annotated[dict[str, float], msgspec.Meta(min_length=1)]
+    statistics: Annotated[str, msgspec.Meta(min_length=1)]
+
+
 class LatencyRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One latency measurement: history, comparable only where the fingerprint is the same.
 
@@ -159,6 +178,7 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     spec_sha256: Sha256
     outputs: Annotated[tuple[BaselineOutput, ...], msgspec.Meta(min_length=1)]
     task: BaselineTask | None
+    scores: BaselineScores | None = None
     latency: tuple[LatencyRecord, ...]
     fingerprint: Fingerprint
     accepted: Acceptance
@@ -328,6 +348,7 @@ def baseline_from_result(
         "spec_sha256": run.provenance.spec_sha256,
         "outputs": [_output(each) for each in sorted(result.outputs, key=lambda each: each.output)],
         "task": _task(result),
+        "scores": _scores(result),
         "latency": [*map(msgspec.to_builtins, history), *_latency(run, result)][-HISTORY:],
         "fingerprint": msgspec.to_builtins(run.device),
         "accepted": {"who": who.strip(), "when": when, "why": why.strip()},
@@ -365,6 +386,14 @@ def _task(result: EngineResult) -> dict[str, object] | None:
         "interval": msgspec.to_builtins(_proportion(task.top1, task.samples)),
         "correct": task.correct,
     }
+
+
+def _scores(result: EngineResult) -> dict[str, object] | None:
+    scores = result.scores
+    if scores is None:
+        return None
+    defined = {name: value for name, value in scores.values.items() if not math.isnan(value)}
+    return {"kind": scores.kind, "samples": scores.samples, "values": defined, "statistics": scores.statistics}
 
 
 def _latency(run: CheckRun, result: EngineResult) -> Iterator[dict[str, object]]:
@@ -469,6 +498,8 @@ def _contradictions(baseline: Baseline) -> Iterator[str]:
         yield from (f"task: {message}" for message in _task_contradictions(baseline.task))
         if baseline.task.samples != baseline.subject.samples:
             yield f"task: has {baseline.task.samples} samples of {baseline.subject.samples}"
+    if baseline.scores is not None:
+        yield from (f"scores: {message}" for message in _score_contradictions(baseline.scores))
     for latency in baseline.latency:
         if not latency.p50_ms <= latency.p95_ms <= latency.p99_ms:
             yield f"latency of {latency.created}: needs p50 <= p95 <= p99"
@@ -511,6 +542,21 @@ def _task_contradictions(task: BaselineTask) -> Iterator[str]:
         yield f"top5 is {task.top5}, with top1 {task.top1} of {task.samples}"
     if task.top1 <= task.samples:
         yield from _interval_contradictions("interval", task.interval, task.top1, task.samples)
+
+
+def _score_contradictions(scores: BaselineScores) -> Iterator[str]:
+    """Values that are not those of the samples that stand beside them."""
+    try:
+        found = kind_named(scores.kind).read(unpacked(scores.statistics))
+        again = found.values()
+    except GateError as err:
+        yield err.message
+        return
+    if found.samples != scores.samples:
+        yield f"has {scores.samples} samples, its statistics hold {found.samples}"
+    for name, value in scores.values.items():
+        if name not in again or not math.isclose(value, again[name], rel_tol=1e-9, abs_tol=1e-12):
+            yield f"{name} is {value:.6g}, its statistics give {again.get(name, math.nan):.6g}"
 
 
 def _interval_contradictions(name: str, interval: Interval | None, successes: int, trials: int) -> Iterator[str]:
@@ -621,19 +667,62 @@ def baseline_findings(
         return (_failure("baseline", baseline, evidence),)
     limits = engine.baseline or BaselineLimits()
     drop = _limit(limits.top1_drop_at_most_pp, "top1_drop_at_most_pp", engine, file)
+    scored = _limit(limits.task_drop_at_most, "task_drop_at_most", engine, file)
     ratio = _limit(limits.rel_rmse_ratio_at_most, "rel_rmse_ratio_at_most", engine, file)
-    if drop is None and ratio is None:
+    task = file.spec.task
+    if drop is None and ratio is None and scored is None:
         ratio = Limit("at_most", RATIO, "default")
-        if file.spec.task is not None:
+        if task is not None and not task.is_classification:
+            scored = _default_score_limit(task.kind, engine)
+        elif task is not None:
             # What the task may lose against the reference, it may lose against the baseline.
             asked = engine.task.top1_drop_at_most_pp if engine.task is not None else None
             drop = Limit("at_most", DEFAULT_DROP_PP[engine.precision] if asked is None else asked, "default")
     findings: list[Finding | Failure] = []
     if drop is not None:
         findings.append(_drop_finding(baseline, result, limit=drop, evidence=evidence))
+    if scored is not None:
+        findings.append(_score_finding(baseline, result, limit=scored, file=file, evidence=evidence))
     if ratio is not None:
         findings.extend(_ratio_findings(baseline, result, limit=ratio, evidence=evidence))
     return tuple(findings)
+
+
+def _default_score_limit(kind_name: str, engine: EngineSpec) -> Limit | None:
+    """What the task's first value may lose against the reference, it may lose against the baseline."""
+    kind = kind_named(kind_name)
+    first = next(iter(kind.values))
+    word = "drop" if kind.values[first].higher_is_better else "rise"
+    asked = (engine.task_limits or {}).get(f"{first}_{word}_at_most", kind.default_drop.get(engine.precision))
+    return None if asked is None else Limit("at_most", asked, "default")
+
+
+def _score_finding(
+    baseline: Baseline, result: EngineResult, *, limit: Limit, file: SpecFile, evidence: Evidence
+) -> Finding | Failure:
+    scores, before = result.scores, baseline.scores
+    check = "baseline.task"
+    try:
+        if scores is None or before is None:
+            who = "this run" if scores is None else "the baseline"
+            raise BaselineError(f"{who} has no scores of a task to compare")
+        if scores.kind != before.kind:
+            raise BaselineError(f"the baseline is of {before.kind}, this run of {scores.kind}")
+        kind = kind_named(scores.kind)
+        ours, theirs = (kind.read(unpacked(each.statistics)) for each in (scores, before))
+        if ours.samples != theirs.samples:
+            raise BaselineError(f"the baseline was scored on {theirs.samples} samples, this run on {ours.samples}")
+        return baseline_finding(
+            ours,
+            theirs,
+            kind=kind,
+            limit=limit,
+            evidence=evidence,
+            seed=seed_from(result.engine_sha256 or "", baseline.digest),
+            resamples=1000 if file.spec.task is None else file.spec.task.resamples,
+        )
+    except GateError as err:
+        return _failure(check, err, evidence)
 
 
 def _failure(check: str, err: GateError, evidence: Evidence) -> Failure:
@@ -799,6 +888,9 @@ def _rows(baseline: Baseline) -> Iterator[tuple[str, float | str | None]]:
         yield "task.top1_fraction", baseline.task.top1 / baseline.task.samples
         if baseline.task.top5 is not None:
             yield "task.top5_fraction", baseline.task.top5 / baseline.task.samples
+    if baseline.scores is not None:
+        for name, value in baseline.scores.values.items():
+            yield f"scores.{name}", value
     if baseline.latency:
         for name in ("p50_ms", "p95_ms", "p99_ms"):
             yield f"latency.{name}", getattr(baseline.latency[-1], name)

@@ -22,6 +22,7 @@ from gate.results import (
     LatencyMetrics,
     OutputMetrics,
     TaskMetrics,
+    TaskValues,
     builtins_from,
 )
 from gate.spec import Name
@@ -95,6 +96,7 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     outputs: tuple[OutputMetrics, ...]
     task: TaskMetrics | None
+    scores: TaskValues | None = None
 
 
 class LatencySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -236,7 +238,7 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
         warnings=result.warnings,
         verdict=SealedVerdict(status="PASSED", evidence=verdict.evidence, required=verdict.required, findings=findings),
         samples=run.samples,
-        metrics=Metrics(outputs=result.outputs, task=result.task),
+        metrics=Metrics(outputs=result.outputs, task=result.task, scores=sealed_scores(result.scores)),
         latency=None if result.latency is None else _summary(result.latency),
         host_peak_mib=result.host_peak_mib,
         device=device,
@@ -250,6 +252,20 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
         ),
         seeds={"data": origin.seed},
         gate_version=run.gate_version,
+    )
+
+
+def sealed_scores(scores: TaskValues | None) -> TaskValues | None:
+    """The defined values; what each sample contributes lies in the bundle's evidence."""
+    if scores is None:
+        return None
+    return msgspec.structs.replace(
+        scores,
+        statistics="",
+        **{
+            name: {key: value for key, value in getattr(scores, name).items() if math.isfinite(value)}
+            for name in ("values", "reference", "boxes")
+        },
     )
 
 

@@ -156,6 +156,7 @@ def _checked(
         engines=tuple(results),
         seconds={name: round(value, 4) for name, value in run.seconds.items()},
         reused=("reference",) if run.recording.reused else (),
+        data=run.data_record(),
     )
 
 

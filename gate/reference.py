@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gate.atomic import digest_of_stream, discard
-from gate.data.samples import Batch, DataDigest, SampleSource, all_batches
+from gate.data.batches import Batch
+from gate.data.samples import DataDigest, SampleSource, all_batches
 from gate.device import gpu
 from gate.engines.graph import external_files, unsafe_external_file
 from gate.errors import DataError, RunError, SpecError

@@ -254,6 +254,7 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         seconds: Wall time by stage (`samples`, `reference`, `export`, `lower`, `build`, `compare`, `metamorphic`,
             `latency`), their `total`, and `inside_engines`: the part of `compare` that was spent in the engines.
         reused: Of the whole run: any of `reference`, `export`.
+        data: How images became the model's input and outputs became detections; empty where neither was done here.
     """
 
     schema_version: Literal[1] = 1
@@ -268,6 +269,7 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     engines: tuple[EngineResult, ...]
     seconds: dict[str, float]
     reused: tuple[str, ...] = ()
+    data: dict[str, Any] = {}
 
     @property
     def status(self) -> Status:

@@ -56,6 +56,15 @@ def spec_schema() -> dict[str, Any]:
             limit.setdefault("description", f"A limit; what it measures: {anchor(f'{group}.{_measured(key)}')}")
     model, given = definitions["ModelSpec"], definitions["InputSpec"]
     model["oneOf"] = [{"required": [key]} for key in ("factory", "onnx", "outputs")]
+    engine = definitions["EngineSpec"]
+    limits = engine["properties"].pop("task_limits")
+    engine["properties"]["task"] = {
+        "anyOf": [
+            {"$ref": "#/$defs/TaskLimits"},
+            {"type": "object", "additionalProperties": {"type": "number"}, "description": "Of another task."},
+        ],
+        "description": limits["description"],
+    }
     axes = given["properties"].pop("axes")
     given["additionalProperties"] = {
         **axes["additionalProperties"],

@@ -17,7 +17,7 @@ import msgspec
 
 from gate.data.image_spec import ImagesSpec, Preprocess
 from gate.errors import SpecError
-from gate.postprocess.config import Postprocess
+from gate.postprocess.config import Postprocess, Tiling
 from gate.postprocess.config import problems as postprocess_problems
 
 if sys.version_info >= (3, 11):
@@ -396,7 +396,8 @@ class EngineSpec(_Table, frozen=True):
         nms: Put decoding and suppression of `[postprocess]` into its graph: `onnx` as NonMaxSuppression, `efficient_nms` as
             TensorRT's plugin. The task is then judged by what comes out of the graph, parity by the outputs before it.
         task_limits: `[engine.task]` of a `[task]` that is not classification, written there: `mean_ap_at_least`,
-            `mean_ap_drop_at_most`, `mean_ap_ratio_at_least`, and likewise for its other values.
+            `mean_ap_drop_at_most`, `mean_ap_ratio_at_least`, and likewise for its other values. With `[tiling]` also
+            `tiled_mean_ap_at_least`, and `tiled_mean_ap_gain_at_least` over the same engine's whole images.
     """
 
     name: Name
@@ -457,6 +458,7 @@ class GateSpec(_Table, frozen=True, rename={"engines": "engine"}):
     task: TaskSpec | None = None
     preprocess: Preprocess | None = None
     postprocess: Postprocess | None = None
+    tiling: Tiling | None = None
     policy: PolicySpec = PolicySpec()
 
 
@@ -830,11 +832,36 @@ def _data_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
     if spec.postprocess is not None:
         for problem in postprocess_problems(spec.postprocess):
             yield ("postprocess", problem.key), f"[postprocess] {problem.message}"
+    yield from _tiling_contradictions(spec)
     if spec.task is not None and spec.task.is_classification:
         if spec.task.options:
             yield ("task", "options"), "[task] options are for other kinds than classification"
     elif spec.task is not None and spec.task.output is not None:
         yield ("task", "output"), '[task] output is for classification; other kinds take options = { output = "…" }'
+
+
+def _tiling_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
+    """What tiles need and the spec does not have."""
+    if spec.tiling is None:
+        return
+    if spec.task is None or spec.task.kind != "detection":
+        yield ("tiling",), '[tiling] needs [task] kind = "detection": boxes can be put together again'
+    if spec.postprocess is None:
+        yield ("tiling",), "[tiling] needs [postprocess], which says how the outputs become detections"
+    if spec.preprocess is None:
+        yield ("tiling",), "[tiling] needs [preprocess], which says how a tile becomes the input"
+    elif spec.preprocess.resize == "center_crop":
+        yield ("preprocess", "resize"), '[tiling] needs another resize than "center_crop", which cuts edges off each tile'
+    elif spec.preprocess.resize == "none" and spec.preprocess.size is not None:
+        yield (
+            ("preprocess", "size"),
+            '[tiling] gives tiles of another size than the images, and resize = "none" takes one size alone',
+        )
+    if (spec.data.source or "").endswith((".npz", ".safetensors")):
+        yield (
+            ("tiling",),
+            "[tiling] needs images, of [data.images] or of a function; [data] source is a file of arrays",
+        )
 
 
 def _input_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:

@@ -13,6 +13,7 @@ file of a bundle can make one that verifies, so a bundle is as trustworthy as th
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -46,19 +47,24 @@ from gate.metadata import (
     metadata_bytes,
     metadata_from_bytes,
     metadata_of,
+    sealed_scores,
 )
+from gate.metrics.findings import unpacked
+from gate.metrics.kinds import kind_named
 from gate.results import CheckRun, EngineResult, builtins_from
 from gate.verdict import Evidence, PassedVerdict
 
 MANIFEST_PATH = "seals/manifest.json"
 BASELINE_PATH = "baseline/baseline.json"
 METRICS_PATH = "evidence/metrics.json"
+SCORES_PATH = "evidence/scores.json"
+"""What each sample contributes to the task's values."""
 ENVIRONMENT_PATH = "evidence/environment.json"
 SPEC_PATH = "policy/gate.toml"
 CALIBRATION_PATH = "artifacts/calibration.cache"
 ENGINE_PATHS = ("artifacts/model.onnx", "artifacts/model.plan", "artifacts/model.pt2")
 MAX_FILES = 1000
-_READ = (METADATA_PATH, METRICS_PATH, ENVIRONMENT_PATH, LATENCY_PATH, BASELINE_PATH, SPEC_PATH, CALIBRATION_PATH)
+_READ = (METADATA_PATH, METRICS_PATH, SCORES_PATH, ENVIRONMENT_PATH, LATENCY_PATH, BASELINE_PATH, SPEC_PATH, CALIBRATION_PATH)
 _MAX_LATENCY_BYTES = 512 * 1024 * 1024
 
 
@@ -185,7 +191,7 @@ def _require_one_story(passed: PassedVerdict, run: CheckRun, result: EngineResul
 
 
 def _require_extra(extra: Mapping[str, bytes | Path], result: EngineResult) -> None:
-    reserved = {METADATA_PATH, LATENCY_PATH, METRICS_PATH, ENVIRONMENT_PATH, *ENGINE_PATHS}
+    reserved = {METADATA_PATH, LATENCY_PATH, METRICS_PATH, SCORES_PATH, ENVIRONMENT_PATH, *ENGINE_PATHS}
     for name in extra:
         try:
             msgspec.convert(name, RelativePath)
@@ -210,11 +216,20 @@ def _evidence(run: CheckRun, result: EngineResult) -> dict[str, bytes]:
         "reference": run.provenance.reference,
         "seconds": dict(run.seconds),
         "notes": list(result.notes),
+        "data": run.data,
     }
     files = {
-        METRICS_PATH: pretty_json({"outputs": builtins_from(result.outputs), "task": builtins_from(result.task)}),
+        METRICS_PATH: pretty_json(
+            {
+                "outputs": builtins_from(result.outputs),
+                "task": builtins_from(result.task),
+                "scores": builtins_from(sealed_scores(result.scores)),
+            }
+        ),
         ENVIRONMENT_PATH: pretty_json(environment),
     }
+    if result.scores is not None:
+        files[SCORES_PATH] = pretty_json({"kind": result.scores.kind, "statistics": result.scores.statistics})
     if result.latency is not None:
         raw = io.BytesIO()
         np.save(raw, np.asarray(result.latency.durations_ns, dtype=np.int64), allow_pickle=False)
@@ -473,12 +488,39 @@ class _Verification:
             if baseline.digest != digests.baseline:
                 raise DigestMismatch("is not the baseline that the engine was judged by", where=where)
             looked.append("baseline")
+        if self.scores():
+            looked.append("scores")
         self.calibration()
         if CALIBRATION_PATH in self.contents:
             looked.append("calibration")
         if LATENCY_PATH in self.contents:
             looked.append("latency")
         return ", ".join(looked)
+
+    def scores(self) -> bool:
+        """The task's values are those that the samples' contributions give; False where there is no such task."""
+        where = self.where(SCORES_PATH)
+        said = self.metadata.metrics.scores
+        if (said is None) != (SCORES_PATH not in self.contents):
+            raise VerificationError("the metadata and the bundle do not agree on the task's scores", where=where)
+        if said is None:
+            return False
+        content = strict_json(self.contents[SCORES_PATH], where=where)
+        if not isinstance(content, dict) or content.get("kind") != said.kind:
+            raise VerificationError(f"is not of {said.kind}", where=where)
+        try:
+            found = kind_named(said.kind).read(unpacked(str(content.get("statistics"))))
+            again = found.values()
+        except GateError as err:
+            raise VerificationError(err.message, where=where) from err
+        if found.samples != said.samples:
+            raise VerificationError(f"holds {found.samples} samples, the metadata says {said.samples}", where=where)
+        for name, value in said.values.items():
+            if not math.isclose(again.get(name, math.nan), value, rel_tol=1e-9, abs_tol=1e-12):
+                raise VerificationError(
+                    f"gives {name} = {again.get(name, math.nan):.6g}, the metadata says {value:.6g}", where=where
+                )
+        return True
 
     def calibration(self) -> None:
         """The ranges that TensorRT calibrated are those that the engine was built with."""

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from gate.cache import Cache
-from gate.data.samples import Batch, DigestedSource
+from gate.data.batches import Batch
+from gate.data.samples import DigestedSource
 from gate.engines import backend as backend_named
 from gate.errors import GateError
 from gate.reference import batch_size, record

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from PIL import Image
 
 from gate.data.coco import read_coco
 from gate.data.images import ImageSet
-from gate.targets import ImageRecord, ImageTarget
+from gate.data.samples import Samples
+from gate.targets import Categories, ImageRecord, ImageTarget
 
 ROOT = Path(__file__).with_name("build") / "coco"
 SEED = 0
@@ -34,19 +34,6 @@ CATEGORIES = {digit + 1: str(digit) for digit in range(10)}
 
 _FIRST_IMAGE = {"train": 1, "calibration": 20001, "evaluation": 40001}
 _DIGESTS = "digests.json"
-
-
-@dataclass(frozen=True)
-class Letterboxed:
-    """Images as the model takes them, and what is on each.
-
-    Args:
-        inputs: `images`, float32 [N, 3, 128, 128], RGB, 0 to 1.
-        targets: Of each image.
-    """
-
-    inputs: dict[str, npt.NDArray[np.float32]]
-    targets: tuple[ImageTarget, ...]
 
 
 def letterbox(pixels: npt.NDArray[np.uint8], *, image_id: int = 0) -> tuple[npt.NDArray[np.uint8], ImageRecord]:
@@ -98,7 +85,7 @@ def annotations(drawn: Canvas, *, image_id: int) -> tuple[dict[str, Any], ...]:
     )
 
 
-def letterboxed(split: str, count: int, *, seed: int = SEED) -> Letterboxed:
+def letterboxed(split: str, count: int, *, seed: int = SEED) -> Samples:
     """The first `count` canvases of a split, in memory."""
     images = np.empty((count, 3, INPUT_SIDE, INPUT_SIDE), np.float32)
     targets = []
@@ -108,15 +95,15 @@ def letterboxed(split: str, count: int, *, seed: int = SEED) -> Letterboxed:
         boxed, record = letterbox(drawn.pixels, image_id=image_id)
         images[index] = boxed.transpose(2, 0, 1) * np.float32(1 / 255)
         targets.append(ImageTarget(record, annotations(drawn, image_id=image_id)))
-    return Letterboxed({"images": images}, tuple(targets))
+    return Samples({"images": images}, targets=targets, categories=Categories(CATEGORIES))
 
 
-def evaluation() -> Letterboxed:
+def evaluation() -> Samples:
     """What reference and engines are compared on: 512 canvases of digits that the model has never seen."""
     return letterboxed("evaluation", SIZES["evaluation"])
 
 
-def calibration() -> Letterboxed:
+def calibration() -> Samples:
     """What INT8 ranges are measured on: 128 canvases of digits that are neither trained nor evaluated on."""
     return letterboxed("calibration", SIZES["calibration"])
 

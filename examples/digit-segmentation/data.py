@@ -5,12 +5,12 @@ The canvases are those of the digit-detector example, smaller, and of another se
 
 import importlib.util
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import numpy.typing as npt
+
+from gate import Samples
 
 CANVASES = Path(__file__).parents[1] / "digit-detector" / "canvases.py"
 SEED = 2
@@ -25,20 +25,7 @@ IGNORED = 255
 _PADDING = 114
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Images as the model takes them, and their label maps.
-
-    Args:
-        inputs: `images`, float32 [N, 3, 96, 96], RGB, 0 to 1.
-        targets: Of each image a label map, int64 [96, 96]: 0 to 9, 10 for background, 255 outside the canvas.
-    """
-
-    inputs: dict[str, npt.NDArray[np.float32]]
-    targets: tuple[npt.NDArray[np.int64], ...]
-
-
-def labelled(split: str, first: int, last: int, *, seed: int = SEED) -> Labelled:
+def labelled(split: str, first: int, last: int, *, seed: int = SEED) -> Samples:
     """Canvases `first` up to, not including, `last` of a split, each in the upper left corner of grey."""
     canvas = _canvases().canvas
     images = np.full((last - first, 3, SIDE, SIDE), _PADDING, np.uint8)
@@ -50,15 +37,15 @@ def labelled(split: str, first: int, last: int, *, seed: int = SEED) -> Labelled
         label_map = np.full((SIDE, SIDE), IGNORED, np.int64)
         label_map[:height, :width] = drawn.label_map
         targets.append(label_map)
-    return Labelled({"images": images / np.float32(255)}, tuple(targets))
+    return Samples({"images": images / np.float32(255)}, targets=targets)
 
 
-def evaluation() -> Labelled:
+def evaluation() -> Samples:
     """What reference and engines are compared on: 256 canvases of digits that the model has never seen."""
     return labelled("evaluation", 0, SIZES["evaluation"])
 
 
-def calibration() -> Labelled:
+def calibration() -> Samples:
     """What INT8 ranges are measured on: 128 canvases of digits that are neither trained nor evaluated on."""
     return labelled("calibration", 0, SIZES["calibration"])
 

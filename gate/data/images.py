@@ -13,13 +13,14 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from gate.data.batches import Batch
 from gate.data.decoding import DecodePool, Decoder, Examined, FileReader, Job, Reader
 from gate.data.image_spec import Preprocess
-from gate.data.preprocess import described, image_record, input_shape, pillow_image
-from gate.data.samples import Batch
+from gate.data.preprocess import Pixels, described, image_record, input_shape, pillow_image
 from gate.device import usable_cores
 from gate.errors import DataError
 from gate.targets import Categories, ImageRecord, ImageTarget
+from gate.tensors import Array
 
 NAMED_PROBLEMS = 20
 """So many problems are named in one error, and the others counted."""
@@ -163,6 +164,35 @@ def chosen_items(image_set: ImageSet, samples: int | None, seed: int) -> tuple[I
     return tuple(items[index] for index in sorted(ranked[:samples]))
 
 
+_AS_IT_IS = Preprocess(resize="none", scale=1.0, layout="nhwc")
+"""An image's own pixels as the input."""
+
+
+@dataclass
+class _ReadOnce:
+    """One image of a reader, read the first time that it is asked for."""
+
+    reader: Reader
+    value: Any = None
+
+    def read(self, place: Any) -> Any:
+        """As `Reader.read`."""
+        if self.value is None:
+            self.value = self.reader.read(place)
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A reader that has its image already."""
+
+    image: Any
+
+    def read(self, place: Any) -> Any:  # noqa: ARG002 - the protocol's
+        """The image."""
+        return self.image
+
+
 class ImageSource:
     """Images as samples: `SampleSource`, decoded ahead in worker processes. Close it, or use it in a `with` block.
 
@@ -281,6 +311,42 @@ class ImageSource:
         finally:
             for _, _, batch in pending:
                 batch.discard()
+
+    def pixels(self, index: int) -> Pixels:
+        """The pixels of one image, read again and held to what was examined: uint8 [H, W, 3], RGB, turned as EXIF says.
+
+        It is decoded here, and kept by nobody.
+
+        Raises:
+            DataError: It cannot be read any more, or is not what it was.
+        """
+        job = self._jobs[index]
+        decoder = Decoder(_ReadOnce(self._pool.decoder.reader), _AS_IT_IS, "uint8")
+        found = decoder.examine([job])[0]
+        if isinstance(found, str):
+            raise DataError(found, where=job.name)
+        if found != self.examined[index]:
+            raise DataError("is not the image that it was before", where=job.name, hint="It changed while the gate ran.")
+        values = np.empty((1, job.height, job.width, 3), np.uint8)
+        decoder.fill(values, [job])
+        return values[0]
+
+    def input_of(self, pixels: Pixels, *, name: str) -> Array:
+        """A part of an image as the model's input, [1, ...], as if it were an image of its own.
+
+        Args:
+            pixels: uint8 [H, W, 3].
+            name: For errors.
+
+        Raises:
+            DataError: It does not become the input.
+        """
+        height, width = pixels.shape[:2]
+        before = self._pool.decoder
+        decoder = Decoder(_Given(pillow_image().fromarray(np.ascontiguousarray(pixels))), self.preprocess, before.dtype)
+        values = np.empty((1, *input_shape(self.preprocess, width, height, file_name=name)), before.dtype)
+        decoder.fill(values, [Job(name, name, width, height)])
+        return values
 
     def described(self) -> dict[str, Any]:
         """Which images these are and what was done to them, for the bundle's record.

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from gate.data.batches import Batch
 from gate.device import usable_cores
 from gate.errors import DataError
 from gate.spec import InputSpec, SpecFile
@@ -48,28 +48,6 @@ class Samples:
     labels: Array | None = None
     targets: Sequence[Any] | None = None
     categories: Categories | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Consecutive samples of equal shape.
-
-    Args:
-        first: Index of the first of them in the data set.
-        inputs: Per input an array [n, ...].
-        labels: int64 [n], or None.
-        targets: n objects of ground truth, or None.
-    """
-
-    first: int
-    inputs: dict[str, Array]
-    labels: npt.NDArray[np.int64] | None
-    targets: tuple[Any, ...] | None = None
-
-    @property
-    def size(self) -> int:
-        """How many samples it holds."""
-        return int(next(iter(self.inputs.values())).shape[0])
 
 
 class SampleSource(Protocol):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import pickle
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -155,14 +154,13 @@ class _Scorer:
 
 def _in_processes(score: _Scorer, indices: range, workers: int) -> list[list[list[float]]]:
     """The same in processes, whose NumPy does not wait for this one's lock; here where they cannot be had."""
-    try:
-        pickle.dumps(score)
-    except Exception:  # noqa: BLE001 - a metric of one's own may hold anything
-        return [score(index) for index in indices]
     parts = [indices[start::workers] for start in range(workers)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(score,)) as pool:
-        scored = dict(zip(parts, pool.map(_scored, parts), strict=True))
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(score,)) as pool:
+            scored = dict(zip(parts, pool.map(_scored, parts), strict=True))
+    except Exception:  # noqa: BLE001 - a metric of one's own may not go to another process, or fail in it: then it fails here
+        return [score(index) for index in indices]
     by_index = {index: each for part, found in scored.items() for index, each in zip(part, found, strict=True)}
     return [by_index[index] for index in indices]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from gate.compare import OutputAccumulator
 from gate.compare_on_device import DeviceAccumulator, described, has_cuda, host_array, is_large
-from gate.data.samples import Batch
+from gate.data.batches import Batch
 from gate.engines.interface import OutputsOnDevice, Runner
 from gate.engines.torch.arithmetic import give_memory_back
 from gate.errors import DataError, MeasurementError, RunError

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import msgspec
 import numpy as np
 
 from gate.calibration import InputStats, add_inputs, scale_notes
+from gate.data.batches import Batch
 from gate.data.image_spec import Preprocess
 from gate.data.samples import (
-    Batch,
     DataDigest,
     DigestedSource,
     SampleSource,
@@ -31,6 +32,7 @@ from gate.tensors import Array
 
 if TYPE_CHECKING:
     from gate.cache import Cache
+    from gate.steps.task import Answers
 
 
 class Observer(Protocol):
@@ -88,12 +90,15 @@ class CheckOptions:
         cache: Folder of the cache; None: no cache, everything is made anew in a temporary folder.
         baselines: Folder of the accepted baselines.
         reference: A folder made by `gate record`, for a host without PyTorch.
+        answered: Called with what an engine and the reference answered at a task other than classification, once for
+            each of its builds, the first first; None: nobody is.
     """
 
     engines: tuple[str, ...] = ()
     cache: Path | None = field(default_factory=lambda: Path(".gate/cache"))
     baselines: Path = Path("baselines")
     reference: Path | None = None
+    answered: Callable[[Answers], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,16 @@ class Context:
         )
         self._closing.append(opened.close)
         return opened
+
+    def data_record(self) -> dict[str, object]:
+        """How images became the model's input and outputs became detections, for the bundle."""
+        source = self.source.source if isinstance(self.source, DigestedSource) else self.source
+        found: dict[str, object] = {}
+        if callable(described := getattr(source, "described", None)):
+            found["images"] = described()
+        if self.spec.postprocess is not None:
+            found["postprocess"] = msgspec.to_builtins(self.spec.postprocess.resolved())
+        return found
 
     def close(self) -> None:
         """End the processes that decode images."""

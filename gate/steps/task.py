@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from gate.data.samples import Batch, categories_of
+from gate.data.batches import Batch
+from gate.data.image_spec import Preprocess
+from gate.data.images import ImageSource
+from gate.data.samples import DigestedSource, categories_of
 from gate.device import usable_cores
 from gate.errors import DataError, MeasurementError, RunError
-from gate.metrics.detection import BoxAgreement, BoxComparison, explain_low_map
+from gate.metrics.detection import BoxAgreement, BoxComparison, WorstImage, explain_low_map
 from gate.metrics.findings import (
     Asked,
     asked_limits,
@@ -22,6 +26,7 @@ from gate.metrics.findings import (
 )
 from gate.metrics.interface import MetricKind, SampleStatistics, TaskMetric
 from gate.metrics.kinds import kind_named
+from gate.postprocess.config import Postprocess
 from gate.postprocess.detections import detections_from_nms_outputs, detections_from_outputs
 from gate.results import TaskValues
 from gate.spec import EngineSpec
@@ -32,6 +37,9 @@ from gate.verdict import Evidence, Finding
 
 NMS_OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 """What `nms` adds to an engine's graph."""
+
+SHOWN_IMAGES = 3
+"""Of the images in which the boxes differ most, so many are kept for pictures."""
 
 _HINTED = 500
 
@@ -45,12 +53,53 @@ class TaskMeasured:
         findings: One for each limit.
         notes: Likely causes, and what a reader should look at.
         boxes: How the boxes differ, with the worst images; None for other tasks.
+        statistics: What the engine scored, sample by sample.
     """
 
     values: TaskValues
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
     boxes: BoxAgreement | None
+    statistics: SampleStatistics
+
+
+@dataclass(frozen=True)
+class ComparedImage:
+    """An image in which an engine's boxes differ from the reference's, as a picture of it needs it.
+
+    Args:
+        worst: What both found there.
+        target: Its ground truth.
+        path: Of its file; None where it came from none.
+        values: Where there is no file, the model's input, float [C, H, W] or [H, W, C].
+    """
+
+    worst: WorstImage
+    target: ImageTarget
+    path: str | None
+    values: Array | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What pictures of an engine's task are drawn from; `CheckOptions.answered` is called with it.
+
+    Args:
+        engine: Its name.
+        candidate, reference: What engine and reference scored.
+        boxes: How the boxes differ; None for other tasks than detection.
+        images: Those in which they differ most, at most `SHOWN_IMAGES`.
+        categories: Their names, where there are any.
+        preprocess: How images became the model's input, where the spec says it.
+    """
+
+    engine: str
+    candidate: SampleStatistics
+    reference: SampleStatistics
+    boxes: BoxAgreement | None
+    images: tuple[ComparedImage, ...]
+    categories: Categories | None
+    preprocess: Preprocess | None
 
 
 def task_kind(run: Context) -> MetricKind | None:
@@ -90,7 +139,7 @@ def require_task(run: Context) -> None:
             where=data_where(run.spec.data, "source"),
             hint="Give targets: docs/tasks.md.",
         )
-    _made(run, kind)
+    empty_metric(run, kind)
 
 
 @dataclass
@@ -107,6 +156,7 @@ class TaskRun:
     boxes: BoxComparison | None
     _found: list[tuple[Detections, ...]] = field(default_factory=list)
     _truth: list[ImageTarget] = field(default_factory=list)
+    _shown: dict[int, tuple[ImageTarget, str | None, Array | None]] = field(default_factory=dict)
 
     def add(self, reference: Mapping[str, Array], candidate: Mapping[str, Array], batch: Batch) -> None:
         """Take the next batch.
@@ -130,6 +180,8 @@ class TaskRun:
             if len(self._truth) < _HINTED:
                 self._found.append(ours)
                 self._truth.extend(targets)
+            if self.run.options.answered is not None:
+                self._keep_shown(self.boxes.result(), batch, targets)
         try:
             self.reference.add(theirs, reference=theirs, targets=targets, first_sample=batch.first)
         except MeasurementError as err:
@@ -149,7 +201,7 @@ class TaskRun:
         ours = self.candidate.statistics()
         task = self.run.spec.task
         findings = task_findings(
-            self.asked,
+            [each for each in self.asked if not each.tiled],
             ours,
             theirs,
             kind=self.kind,
@@ -164,7 +216,34 @@ class TaskRun:
         agreement = None if self.boxes is None else self.boxes.result()
         if agreement is not None:
             values = msgspec.structs.replace(values, boxes=_numbers(agreement))
-        return TaskMeasured(values, findings, tuple(self._notes(values, agreement)), agreement)
+        if self.run.options.answered is not None:
+            shown = () if agreement is None else agreement.worst[:SHOWN_IMAGES]
+            self.run.options.answered(
+                Answers(
+                    engine=self.engine.name,
+                    candidate=ours,
+                    reference=theirs,
+                    boxes=agreement,
+                    images=tuple(ComparedImage(each, *self._shown[each.image_id]) for each in shown),
+                    categories=self.categories,
+                    preprocess=self.run.spec.preprocess,
+                )
+            )
+        return TaskMeasured(values, findings, tuple(self._notes(values, agreement)), agreement, ours)
+
+    def _keep_shown(self, agreement: BoxAgreement, batch: Batch, targets: Sequence[ImageTarget]) -> None:
+        """Keep what pictures need of the images that differ most so far, and let go of the others.
+
+        An image that is not among them now will not be later: more images only push it back.
+        """
+        wanted = {each.image_id for each in agreement.worst[:SHOWN_IMAGES]}
+        self._shown = {image_id: kept for image_id, kept in self._shown.items() if image_id in wanted}
+        for row, target in enumerate(targets):
+            image_id = target.image.image_id
+            if image_id in wanted and image_id not in self._shown:
+                path = _image_path(self.run, image_id)
+                values = None if path is not None else np.array(next(iter(batch.inputs.values()))[row])
+                self._shown[image_id] = (target, path, values)
 
     def _notes(self, values: TaskValues, agreement: BoxAgreement | None) -> list[str]:
         notes = []
@@ -181,10 +260,7 @@ class TaskRun:
         if agreement.worst and (agreement.reference_only or agreement.candidate_only or agreement.class_changes):
             worst = agreement.worst[0]
             named = worst.file_name or f"image {worst.image_id}"
-            notes.append(
-                f"boxes: {agreement.matched} pairs, mean IoU {agreement.mean_iou:.4f}, {agreement.class_changes} of another "
-                f"category, {agreement.reference_only} not found, {agreement.candidate_only} new; worst {named}: {worst.why}"
-            )
+            notes.append(f"boxes differ most in {named}: {worst.why}")
         return notes
 
 
@@ -203,8 +279,8 @@ def task_run(run: Context, engine: EngineSpec) -> TaskRun | None:
         engine=engine,
         kind=kind,
         asked=asked_limits(kind, engine, run.file),
-        candidate=_made(run, kind),
-        reference=_made(run, kind),
+        candidate=empty_metric(run, kind),
+        reference=empty_metric(run, kind),
         categories=categories_of(run.source),
         boxes=BoxComparison() if compares else None,
     )
@@ -217,7 +293,7 @@ def reference_values(run: Context, kind: MetricKind) -> dict[str, float]:
         DataError: The ground truth is missing or malformed.
         MeasurementError: The reference's answers are.
     """
-    metric = _made(run, kind)
+    metric = empty_metric(run, kind)
     for batch, outputs in run.pairs():
         targets = targets_of(batch, run)
         found = _predictions(outputs, batch, targets, run=run, kind=kind, nms=None, who="the reference")
@@ -240,7 +316,12 @@ def targets_of(batch: Batch, run: Context) -> Sequence[Any]:
     )
 
 
-def _made(run: Context, kind: MetricKind) -> TaskMetric:
+def empty_metric(run: Context, kind: MetricKind) -> TaskMetric:
+    """The kind's metric with the options of `[task]` and the categories of the samples.
+
+    Raises:
+        SpecError: An option is not of the kind.
+    """
     task = run.spec.task
     return kind.make({} if task is None else task.options, categories_of(run.source))
 
@@ -260,11 +341,44 @@ def _predictions(
     if kind.predictions != "detections" or config is None:
         return outputs
     images = [_image(target, batch.first + row) for row, target in enumerate(targets)]
-    decode = detections_from_nms_outputs if nms is not None else detections_from_outputs
     try:
-        return decode(outputs, images, config, input_size=_input_size(run, batch))
+        return detections_of(outputs, images, config, run=run, batch=batch, nms=nms)
     except MeasurementError as err:
         raise MeasurementError(f"{who}: {err.message}", where=err.where, hint=err.hint) from err
+
+
+def detections_of(
+    outputs: Mapping[str, Array],
+    images: Sequence[ImageRecord],
+    config: Postprocess,
+    *,
+    run: Context,
+    batch: Batch,
+    nms: str | None,
+) -> tuple[Detections, ...]:
+    """What a model found in each image of a batch.
+
+    Args:
+        outputs: By name, with those that `nms` added.
+        images: How each became the input.
+        config: What the outputs mean.
+        run: Of the batch.
+        batch: The inputs.
+        nms: As of the engine; None where suppression is done here.
+
+    Raises:
+        MeasurementError: As `detections_from_outputs`.
+    """
+    decode = detections_from_nms_outputs if nms is not None else detections_from_outputs
+    return decode(outputs, images, config, input_size=_input_size(run, batch))
+
+
+def _image_path(run: Context, image_id: int) -> str | None:
+    """Of an image's file; None where samples are no files."""
+    source = run.source.source if isinstance(run.source, DigestedSource) else run.source
+    if not isinstance(source, ImageSource):
+        return None
+    return next((each.place for each in source.items if each.image_id == image_id and isinstance(each.place, str)), None)
 
 
 def _image(target: Any, index: int) -> ImageRecord:
