@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("compare", "command")
+NAMES = ("compare", "command", "samples", "detection", "data")
 
 
 def main() -> int:

@@ -675,6 +675,10 @@ def _named_key(key: KeyPath, raw: Any) -> KeyPath:
 
 def _python_type(node: Any) -> Any:
     """The Python type of the values of a dict node."""
+    from msgspec import inspect as types
+
+    if isinstance(node.value_type, types.FloatType):
+        return float
     values = getattr(node.value_type, "values", None)
     return Literal[tuple(values)] if values else getattr(node.value_type, "cls", object)
 
@@ -831,7 +835,7 @@ def _data_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
         yield ("inputs",), f"[data.images] gives one input, [inputs] has {len(spec.inputs)}"
     if spec.postprocess is not None:
         for problem in postprocess_problems(spec.postprocess):
-            yield ("postprocess", problem.key), f"[postprocess] {problem.message}"
+            yield ("postprocess", problem.key), f"[postprocess] {problem.key} {problem.message}"
     yield from _tiling_contradictions(spec)
     if spec.task is not None and spec.task.is_classification:
         if spec.task.options:
@@ -851,7 +855,10 @@ def _tiling_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
     if spec.preprocess is None:
         yield ("tiling",), "[tiling] needs [preprocess], which says how a tile becomes the input"
     elif spec.preprocess.resize == "center_crop":
-        yield ("preprocess", "resize"), '[tiling] needs another resize than "center_crop", which cuts edges off each tile'
+        yield (
+            ("preprocess", "resize"),
+            '[tiling] needs another resize than "center_crop", which cuts edges off each tile',
+        )
     elif spec.preprocess.resize == "none" and spec.preprocess.size is not None:
         yield (
             ("preprocess", "size"),

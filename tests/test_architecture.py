@@ -39,7 +39,7 @@ LAYERS = {
         "rebuilds",
         "tolerances",
     ),
-    "ground": ("atomic", "author", "cache", "chatter", "device", "engines.graph", "factory", "memory", "timing"),
+    "ground": ("atomic", "author", "cache", "chatter", "device", "engines.graph", "factory", "memory", "processes", "timing"),
     "effects": (
         "baseline",
         "compare_on_device",

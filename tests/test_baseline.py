@@ -31,8 +31,10 @@ from gate.baseline import (
 )
 from gate.errors import BaselineError, DigestMismatch
 from gate.manifest import pretty_json
+from gate.metrics.findings import measured_values
+from gate.metrics.kinds import kind_named
 from gate.results import run_from_builtins
-from gate.spec import TaskLimits, read_spec
+from gate.spec import BaselineLimits, TaskLimits, read_spec
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict
 
 DATA = Path(__file__).parent / "data"
@@ -543,3 +545,87 @@ def test_numbers_survive_the_file_bit_for_bit(value, elements):
     again = baseline_from_bytes(pretty_json(msgspec.to_builtins(record)), where="x")
     assert again == record
     assert again.outputs[0].rel_rmse.hex() == float(value).hex()
+
+
+MAPS = np.random.default_rng(0).integers(0, 3, (8, 4, 4))
+
+
+def scored(result, wrong=0, samples=8):
+    """The result of an engine that labels `wrong` pixels of each sample otherwise than the ground truth."""
+    kind = kind_named("semantic_segmentation")
+    metric, truth = (kind.make({"classes": 3}, None) for _ in range(2))
+    answers = MAPS[:samples].copy()
+    answers.reshape(samples, -1)[:, :wrong] = (answers.reshape(samples, -1)[:, :wrong] + 1) % 3
+    targets = list(MAPS[:samples])
+    for each, labelled in ((metric, answers), (truth, MAPS[:samples])):
+        each.add({"y": labelled}, reference={"y": labelled}, targets=targets, first_sample=0)
+    values = measured_values(metric.statistics(), truth.statistics(), kind=kind)
+    return msgspec.structs.replace(result, scores=values)
+
+
+@pytest.fixture
+def segmentation(file):
+    text = file.text.replace('kind   = "classification"', 'kind = "semantic_segmentation"').replace(
+        'kind = "classification"', 'kind = "semantic_segmentation"'
+    )
+    task = msgspec.structs.replace(file.spec.task, kind="semantic_segmentation")
+    engines = tuple(
+        msgspec.structs.replace(each, task=None, task_limits={}, baseline=BaselineLimits())
+        for each in file.spec.engines
+    )
+    spec = msgspec.structs.replace(file.spec, task=task, engines=engines)
+    return msgspec.structs.replace(file, text=text, spec=spec)
+
+
+def score_finding(run, before, now, segmentation, **limits):
+    accepted = baseline_from_result(run, before, who="ada", when=WHEN, why="first release")
+    engine = msgspec.structs.replace(segmentation.spec.engines[0], baseline=BaselineLimits(**limits))
+    found = baseline_findings(accepted, now, engine=engine, file=segmentation, evidence=Evidence.HOST)
+    return next(each for each in found if each.check.startswith(("baseline.mean", "baseline.task")))
+
+
+def test_scores_are_compared_with_the_baseline_sample_by_sample(run, result, segmentation):
+    same = score_finding(run, scored(result, 2), scored(result, 2), segmentation)
+    assert (same.check, same.estimate, same.status) == ("baseline.mean_iou_drop", 0.0, Status.PASSED)
+    worse = score_finding(run, scored(result, 2), scored(result, 5), segmentation)
+    assert worse.status is Status.FAILED
+    assert worse.estimate > 0.1
+    assert "the baseline" in worse.detail
+    assert score_finding(run, scored(result, 2), scored(result, 5), segmentation, task_drop_at_most=0.9).status is (
+        Status.PASSED
+    )
+
+
+@pytest.mark.parametrize("missing", ["before", "now"])
+def test_scores_that_are_missing_on_one_side_never_pass(run, result, segmentation, missing):
+    before, now = scored(result, 2), scored(result, 2)
+    if missing == "before":
+        before = result
+    else:
+        now = result
+    found = score_finding(run, before, now, segmentation)
+    assert isinstance(found, Failure)
+    assert "has no scores of a task to compare" in found.message
+
+
+def test_scores_of_other_samples_are_not_compared(run, result, segmentation):
+    found = score_finding(run, scored(result, 2, samples=6), scored(result, 2), segmentation)
+    assert isinstance(found, Failure)
+    assert "scored on 6 samples, this run on 8" in found.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores__values__mean_iou": 0.99}, "scores: mean_iou is 0.99, its statistics give"),
+        ({"scores__samples": 9}, "scores: has 9 samples, its statistics hold 8"),
+        ({"scores__statistics": "AAAA"}, "scores: the stored statistics cannot be read"),
+        ({"scores__kind": "nothing"}, "scores: .*nothing"),
+    ],
+)
+def test_scores_that_contradict_their_samples_are_refused(run, result, path, changes, message):
+    accepted = baseline_from_result(run, scored(result, 2), who="ada", when=WHEN, why="first release")
+    write_baseline(path, accepted)
+    edited(path, **changes)
+    with pytest.raises(BaselineError, match=message):
+        read_baseline(path)

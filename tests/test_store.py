@@ -16,6 +16,8 @@ import pytest
 from gate.baseline import baseline_from_result
 from gate.errors import BundleError, DigestMismatch, ExitCode, MeasurementError, VerificationError
 from gate.manifest import pretty_json
+from gate.metrics.findings import measured_values
+from gate.metrics.kinds import kind_named
 from gate.results import run_from_builtins
 from gate.store import MANIFEST_PATH, Step, engine_path_of, seal, verify
 from gate.verdict import Evidence, Verdict
@@ -663,3 +665,54 @@ def test_each_kind_of_engine_has_its_own_name_in_a_bundle():
     assert engine_path_of("onnxruntime") == "artifacts/model.onnx"
     assert engine_path_of("tensorrt") == engine_path_of("tensorrt_rtx") == "artifacts/model.plan"
     assert engine_path_of("torch") == "artifacts/model.pt2"
+
+
+@pytest.fixture
+def scored_bundle(made, tmp_path):
+    """A bundle of an engine with the scores of a task."""
+    run, result, engine, extra = made
+    kind = kind_named("regression")
+    metric = kind.make({}, None)
+    values = np.arange(12.0).reshape(6, 2)
+    metric.add({"y": values + 0.5}, reference={"y": values}, targets=list(values), first_sample=0)
+    statistics = metric.statistics()
+    result = msgspec.structs.replace(result, scores=measured_values(statistics, statistics, kind=kind))
+    run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
+    return sealed((run, result, engine, extra), tmp_path / "scored").folder
+
+
+def test_scores_are_computed_again_from_what_each_sample_contributes(scored_bundle):
+    verified = verify(scored_bundle)
+    assert "scores" in next(each.detail for each in verified.steps if each.name == "evidence")
+    metrics = json.loads((scored_bundle / "evidence/metrics.json").read_bytes())
+    assert metrics["scores"]["values"]["rmse"] == 0.5
+    assert metrics["scores"]["statistics"] == ""
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        (
+            [
+                (METADATA, "metrics", "scores", "values", "rmse", 0.1),
+                ("evidence/metrics.json", "scores", "values", "rmse", 0.1),
+            ],
+            "gives rmse = 0.5, the metadata says 0.1",
+        ),
+        ([("evidence/scores.json", "statistics", "AAAA")], "cannot be read"),
+        ([("evidence/scores.json", "kind", "detection")], "is not of regression"),
+    ],
+)
+def test_scores_that_are_not_those_of_the_samples_are_refused(scored_bundle, edits, message):
+    for name, *path, value in edits:
+        edit(scored_bundle, name, *path, value=value)
+    reseal(scored_bundle)
+    with pytest.raises(VerificationError, match=message):
+        verify(scored_bundle)
+
+
+def test_scores_without_their_samples_are_refused(scored_bundle):
+    (scored_bundle / "evidence/scores.json").unlink()
+    reseal(scored_bundle)
+    with pytest.raises(VerificationError, match="do not agree on the task's scores"):
+        verify(scored_bundle)

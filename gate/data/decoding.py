@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -28,6 +29,7 @@ import numpy.typing as npt
 from gate.data.image_spec import Preprocess
 from gate.data.preprocess import Pixels, pillow_image, preprocess_into
 from gate.errors import DataError, GateError
+from gate.processes import without_main
 from gate.tensors import Array
 
 _EXIF_ORIENTATION = 0x0112
@@ -367,8 +369,10 @@ class DecodePool:
 
     def _submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
         self._start()
+        own = type(self.decoder.reader).__module__ == "__main__"  # a script's own reader is imported from the script
         try:
-            return cast("Executor", self._executor).submit(call, *arguments)
+            with nullcontext() if own else without_main():
+                return cast("Executor", self._executor).submit(call, *arguments)
         except BrokenProcessPool as err:
             raise _ended(()) from err
 
@@ -476,7 +480,7 @@ def _ended(jobs: Sequence[Job]) -> DataError:
     names = f"; one was decoding {jobs[0].name} or an image near it" if jobs else ""
     return DataError(
         f"a worker process that decodes images ended: out of memory, killed, or it could not start{names}",
-        hint="workers = 0 decodes without other processes. A script that calls the gate must do so below "
+        hint="workers = 0 decodes without other processes. A script with a reader of its own must call the gate below "
         'if __name__ == "__main__":, since each worker imports it.',
     )
 

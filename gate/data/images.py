@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import math
 from collections import deque
@@ -164,10 +165,6 @@ def chosen_items(image_set: ImageSet, samples: int | None, seed: int) -> tuple[I
     return tuple(items[index] for index in sorted(ranked[:samples]))
 
 
-_AS_IT_IS = Preprocess(resize="none", scale=1.0, layout="nhwc")
-"""An image's own pixels as the input."""
-
-
 @dataclass
 class _ReadOnce:
     """One image of a reader, read the first time that it is asked for."""
@@ -320,18 +317,22 @@ class ImageSource:
         Raises:
             DataError: It cannot be read any more, or is not what it was.
         """
-        job = self._jobs[index]
-        decoder = Decoder(_ReadOnce(self._pool.decoder.reader), _AS_IT_IS, "uint8")
-        found = decoder.examine([job])[0]
+        from PIL import ImageOps
+
+        job, before = self._jobs[index], self._pool.decoder
+        reader = _ReadOnce(before.reader)
+        found = Decoder(reader, before.preprocess, before.dtype).examine([job])[0]
         if isinstance(found, str):
             raise DataError(found, where=job.name)
         if found != self.examined[index]:
-            raise DataError("is not the image that it was before", where=job.name, hint="It changed while the gate ran.")
-        values = np.empty((1, job.height, job.width, 3), np.uint8)
-        decoder.fill(values, [job])
-        return values[0]
+            raise DataError(
+                "is not the image that it was before", where=job.name, hint="It changed while the gate ran."
+            )
+        # As a decoder does with what it has examined; through one, all of it would be float32 on the way.
+        image = pillow_image().open(io.BytesIO(reader.value)) if isinstance(reader.value, bytes) else reader.value
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.uint8)
 
-    def input_of(self, pixels: Pixels, *, name: str) -> Array:
+    def input_of(self, pixels: Array, *, name: str) -> Array:
         """A part of an image as the model's input, [1, ...], as if it were an image of its own.
 
         Args:

@@ -359,18 +359,20 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 import test_images
 from gate.errors import DataError
-try:
-    test_images.source_of(test_images.image_set(Path(sys.argv[1])), workers=1)
-except DataError as err:
-    print(err)
+print("run")
+with test_images.source_of(test_images.image_set(Path(sys.argv[1])), workers=1) as source:
+    print(len(test_images.all_of(source, 2)), source.uses_processes)
 """
 
 
-def test_a_script_without_a_guard_is_told_so(tmp_path):
+def test_a_script_without_a_guard_is_run_once(tmp_path):
     script = tmp_path / "unguarded.py"
     script.write_text(UNGUARDED.format(here=str(Path(__file__).parent)))
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False, timeout=120)
-    assert 'if __name__ == "__main__":' in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "run"
+    assert done.stdout.count("run") == 1
+    assert done.stdout.endswith("True\n")
 
 
 def test_a_broken_pool_names_an_image_that_was_being_decoded():

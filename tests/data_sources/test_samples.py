@@ -11,18 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gate.data.batches import Batch
 from gate.data.samples import (
     ArraySource,
-    Batch,
     DigestedSource,
     Samples,
     all_batches,
     digest_of,
     open_source,
     require_disjoint,
+    target_digest,
 )
 from gate.errors import DataError
 from gate.spec import InputSpec, SpecFile, spec_from_text
+from gate.targets import ImageRecord, ImageTarget
 
 SPEC = """schema = 1
 [model]
@@ -254,3 +256,79 @@ def test_what_the_taker_does_to_its_batch_is_not_blamed_on_the_source() -> None:
     _, source = digested(VALUES)
     for batch in source.batches(2):
         batch.inputs["x"][...] = 7.0
+
+
+def image_target(**changes: object) -> ImageTarget:
+    annotation = {"id": 1, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 4.0], "area": 12.0, "iscrowd": 0, **changes}
+    return ImageTarget(ImageRecord(1, 64, 48, file_name="a.png"), (annotation,))
+
+
+def test_a_target_is_digested_by_its_content() -> None:
+    assert target_digest(image_target()) == target_digest(image_target())
+    others = [
+        image_target(category_id=4),
+        image_target(bbox=[1.0, 2.0, 3.0, 4.5]),
+        image_target(iscrowd=True),
+        ImageTarget(ImageRecord(1, 64, 48, left=1.0, file_name="a.png"), image_target().annotations),
+        ImageTarget(ImageRecord(1, 64, 48, file_name="a.png")),
+    ]
+    assert len({target_digest(each) for each in (image_target(), *others)}) == 6
+    maps = [
+        np.zeros((2, 3), np.int64),
+        np.zeros((3, 2), np.int64),
+        np.zeros((2, 3), np.int32),
+        np.ones((2, 3), np.int64),
+    ]
+    assert len({target_digest(each) for each in maps}) == 4
+    assert target_digest(["ab", "c"]) != target_digest(["a", "bc"])
+
+
+def test_a_target_that_is_no_data_is_refused_with_its_sample(tmp_path: Path) -> None:
+    source = ArraySource(Samples({"x": VALUES}, targets=[*range(9), object()]), 10)
+    with pytest.raises(DataError, match="the target of sample 9 holds a object, expected numbers, texts, arrays"):
+        digest_of(source, inputs=INPUTS, batch=4, where="here")
+    with pytest.raises(DataError, match="has 6 samples but 5 targets"):
+        opened(tmp_path, "def evaluation(): return Samples({'x': np.ones((6, 4), 'f4')}, targets=[0] * 5)")
+
+
+def test_a_target_that_changed_is_told() -> None:
+    targets = [np.full((2, 2), index) for index in range(10)]
+    source = ArraySource(Samples({"x": VALUES}, targets=targets), 10)
+    held = DigestedSource(source, digest_of(source, inputs=INPUTS, batch=2, where=""), "here")
+    for each in (held.batches(2), all_batches(held, 5)):
+        assert [target[0, 0] for batch in each for target in batch.targets or ()] == [*range(10)]
+    targets[7] = targets[7] + 1
+    with pytest.raises(DataError, match="other samples or labels from 6 on"):
+        list(held.batches(2))
+
+
+def test_targets_are_part_of_the_data_and_their_absence_too() -> None:
+    found = {
+        digest_of(ArraySource(Samples({"x": VALUES}, targets=each), 10), inputs=INPUTS, batch=2, where="").data_sha256
+        for each in (None, [0] * 10, [1] * 10, [0.0] * 10)
+    }
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def evaluation(): return {'x': np.ones((6, 4), 'f4'), 'target': np.arange(6).reshape(6, 1)}",
+        """class D:
+    def __len__(self): return 6
+    def __getitem__(self, i): return {'x': np.ones(4, 'f4'), 'target': np.array([i])}
+def evaluation(): return D()""",
+    ],
+)
+def test_a_mapping_or_a_dataset_gives_targets_too(tmp_path: Path, code: str) -> None:
+    source = opened(tmp_path, code)
+    assert [int(target[0]) for batch in source.batches(4) for target in batch.targets or ()] == [*range(6)]
+
+
+def test_a_dataset_that_lacks_a_target_names_the_sample(tmp_path: Path) -> None:
+    code = """class D:
+    def __len__(self): return 6
+    def __getitem__(self, i): return {'x': np.ones(4, 'f4'), 'target': None if i == 4 else i}
+def evaluation(): return D()"""
+    with pytest.raises(DataError, match="sample 4 has no target, others have"):
+        list(opened(tmp_path, code).batches(6))
