@@ -31,7 +31,7 @@ from gate.manifest import (
     strict_json,
 )
 from gate.metrics.classification import DEFAULT_DROP_PP, baseline_task_finding
-from gate.metrics.findings import baseline_finding, unpacked
+from gate.metrics.findings import TILED, baseline_finding, unpacked
 from gate.metrics.kinds import kind_named
 from gate.metrics.resampling import seed_from
 from gate.results import CheckRun, EngineResult, Fingerprint, OutputMetrics
@@ -392,7 +392,9 @@ def _scores(result: EngineResult) -> dict[str, object] | None:
     scores = result.scores
     if scores is None:
         return None
-    defined = {name: value for name, value in scores.values.items() if not math.isnan(value)}
+    defined = {
+        name: value for name, value in scores.values.items() if not math.isnan(value) and not name.startswith(TILED)
+    }
     return {"kind": scores.kind, "samples": scores.samples, "values": defined, "statistics": scores.statistics}
 
 

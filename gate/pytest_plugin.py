@@ -333,6 +333,10 @@ class EngineCollector(pytest.Collector):
                 item.add_marker(pytest.mark.xdist_group(name=str(self.path)))
             yield item
 
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]  # as Collector
+        """The message alone, where the spec is at fault."""
+        return str(excinfo.value) if isinstance(excinfo.value, GateError) else super().repr_failure(excinfo)
+
 
 class CheckItem(pytest.Item):
     """One check of one engine."""
@@ -404,6 +408,7 @@ def check_names(engine: EngineSpec, file: SpecFile) -> tuple[str, ...]:
         limits = [key for key in engine.task.__struct_fields__ if getattr(engine.task, key) is not None]
         for key in limits or ["top1_drop_at_most_pp"]:
             names.append("task." + key.replace("_drop_at_most_pp", "_drop_pp").replace("_at_least", ""))
+    names += _task_checks(engine, file)
     if engine.latency is not None:
         budgets = ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_at_least")
         names += [
@@ -414,6 +419,20 @@ def check_names(engine: EngineSpec, file: SpecFile) -> tuple[str, ...]:
     if engine.baseline is not None:
         names.append("baseline")
     return tuple(names) or ("build",)
+
+
+def _task_checks(engine: EngineSpec, file: SpecFile) -> list[str]:
+    """Names of the checks of a task other than classification, in the order of its limits.
+
+    Raises:
+        SpecError: There is no such kind of task, or a limit is on nothing that it measures.
+    """
+    if engine.task_limits is None or file.spec.task is None:
+        return []
+    from gate.metrics.findings import asked_limits
+    from gate.metrics.kinds import kind_named
+
+    return [each.check for each in asked_limits(kind_named(file.spec.task.kind), engine, file)]
 
 
 def judge(result: EngineResult, name: str, names: tuple[str, ...]) -> Judgement:

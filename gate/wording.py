@@ -12,6 +12,18 @@ from gate.verdict import Evidence, Failure, Finding, Limit, Status
 MISSING = "-"
 MOST_DIGITS = 17
 FINDINGS_PAGE = "docs/findings.md"
+_WITH_OWN_HEADING = (
+    "task.top1",
+    "task.top5",
+    "task.top1_drop_pp",
+    "task.top5_drop_pp",
+    "task.tiled",
+    "baseline.task",
+    "baseline.top1_drop_pp",
+    "baseline.rel_rmse_ratio",
+)
+"""Checks of these two groups with a heading of their own; all others are of a task's values."""
+_FORMS = ("drop", "rise", "ratio", "gain")
 
 
 def number(value: float, *, digits: int = 2) -> str:
@@ -121,10 +133,19 @@ def failure_lines(finding: Finding | Failure) -> tuple[str, ...]:
 
 
 def anchor(check: str) -> str:
-    """Where docs/findings.md explains a check: `docs/findings.md#parity-rel_rmse`."""
+    """Where docs/findings.md explains a check: `docs/findings.md#parity-rel_rmse`.
+
+    Checks of a task's values share one heading for each form: `task.mean_ap_drop` is explained at `#task-drop`.
+    """
     name = check.partition("[")[0]
-    group = name.partition(".")[0]
-    return f"{FINDINGS_PAGE}#{group if group in ('latency', 'metamorphic') else name.replace('.', '-')}"
+    group, _, measured = name.partition(".")
+    if group in ("latency", "metamorphic"):
+        return f"{FINDINGS_PAGE}#{group}"
+    if group in ("task", "baseline") and measured and name not in _WITH_OWN_HEADING:
+        # Of the whole check: the name of a category may hold brackets.
+        form = next((each for each in _FORMS if check.endswith(f"_{each}")), "value")
+        return f"{FINDINGS_PAGE}#{group}-{form}"
+    return f"{FINDINGS_PAGE}#{name.replace('.', '-')}"
 
 
 def advice(finding: Finding | Failure) -> str:

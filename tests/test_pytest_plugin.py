@@ -239,6 +239,14 @@ def test_a_plan_that_exists_has_no_build_test():
     assert check_names(file.spec.engines[0], file) == ("parity", "metamorphic")
 
 
+def test_limits_of_a_task_are_tests_by_the_names_of_their_findings():
+    file = read_spec(ROOT / "examples/digit-detector/gate.toml")
+    names = {each.name: check_names(each, file) for each in file.spec.engines}
+    assert "task.mean_ap_drop" in names["ort-fp32"]
+    assert {"task.mean_ap", "task.mean_ap_drop"} <= set(names["ort-int8"])
+    assert not any(name.startswith("task.") for name in names["rtx-fp16"])
+
+
 def test_a_check_without_a_finding_fails():
     judgement = judge(runs.GOOD, "metamorphic", ("parity", "metamorphic"))
     assert judgement.status == "FAILED"

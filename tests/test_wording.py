@@ -111,6 +111,33 @@ def test_every_check_has_its_page():
     assert advice(finding(1.0, 0.5, hint="docs/findings.md#parity-rel_rmse")) == ""
 
 
+@pytest.mark.parametrize(
+    ("check", "heading"),
+    [
+        ("task.top1", "task-top1"),
+        ("task.top5_drop_pp", "task-top5_drop_pp"),
+        ("task.mean_ap", "task-value"),
+        ("task.mean_ap_drop", "task-drop"),
+        ("task.rmse_rise", "task-rise"),
+        ("task.mean_iou_ratio", "task-ratio"),
+        ("task.top1_agreement", "task-value"),
+        ("task.ap_of.cat [grey]_drop", "task-drop"),
+        ("task.tiled_mean_ap", "task-value"),
+        ("task.tiled_mean_ap_gain", "task-gain"),
+        ("task.tiled", "task-tiled"),
+        ("baseline", "baseline"),
+        ("baseline.mean_ap_drop", "baseline-drop"),
+        ("baseline.rmse_rise", "baseline-rise"),
+        ("baseline.task", "baseline-task"),
+        ("baseline.top1_drop_pp", "baseline-top1_drop_pp"),
+        ("baseline.rel_rmse_ratio[scores]", "baseline-rel_rmse_ratio"),
+    ],
+)
+def test_checks_of_any_tasks_values_share_headings_that_there_are(check, heading):
+    assert anchor(check) == f"{FINDINGS_PAGE}#{heading}"
+    assert heading in _slugs((Path(__file__).parents[1] / FINDINGS_PAGE).read_text())
+
+
 def test_sizes_have_units():
     assert [size_text(size) for size in (None, 12, 87040, 5 * 2**20)] == ["-", "12 B", "85 KiB", "5.0 MiB"]
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from gate.errors import ExitCode, GateError, SpecError
 
 if TYPE_CHECKING:
     from gate.pipeline import CheckOptions, Sealed
+    from gate.report.pictures import Pictures
     from gate.results import CheckRun
     from gate.spec import SpecFile
 
@@ -55,7 +56,10 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
         "--engine", action="append", default=[], metavar="NAME", help="only this engine; may be repeated"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help=f"write report.json and report.md here, not into {RUNS}/<time>"
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help=f"write report.json, report.md and its pictures here, not into {RUNS}/<time>",
     )
     parser.add_argument(
         "--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="accepted baselines (baselines)"
@@ -189,13 +193,15 @@ def _check_one(
 ) -> tuple[ExitCode, list[str]]:
     from gate import pipeline
     from gate.report.json_report import json_bytes
+    from gate.report.pictures import Pictures
     from gate.report.terminal import exit_code_of, progress, render, show, terminal_width
 
+    pictures = Pictures()
     with progress() as observer:
-        checked = pipeline.check(file, options, observer)
+        checked = pipeline.check(file, replace(options, answered=pictures.take), observer)
     path: Path | None = None
     try:
-        path = reports.write(checked)
+        path = reports.write(checked, pictures)
     finally:
         # The verdict is shown even where its report cannot be written.
         if args.json:
@@ -267,8 +273,8 @@ class Reports:
         self._single = len(files) == 1
         self._taken: set[str] = set()
 
-    def write(self, checked: CheckRun) -> Path:
-        """Write both reports, each whole or not at all; returns the path of report.md.
+    def write(self, checked: CheckRun, pictures: Pictures) -> Path:
+        """Write both reports, each whole or not at all, and their pictures; returns the path of report.md.
 
         Raises:
             GateError: The disk is full or may not be written to.
@@ -279,8 +285,8 @@ class Reports:
 
         folder = self._root if self._single else self._root / self._name(checked.model_id)
         path = folder / "report.md"
-        write_bytes(path, markdown(checked).encode())
         write_report(checked, folder / "report.json")
+        write_bytes(path, markdown(checked, pictures.write(checked, folder)).encode())
         if self._is_run:
             write_bytes(self._root.parent / LATEST, f"{self._root.name}\n".encode())
         return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,20 @@ from gate.errors import ExitCode, SpecError
 
 _PACKAGED = Path(__file__).resolve().parents[1] / "findings.md"
 _CHECKOUT = Path(__file__).resolve().parents[2] / "docs" / "findings.md"
+
+_OF_VALUES = {
+    "task-value": "task.<value>",
+    "task-drop": "task.<value>_drop",
+    "task-rise": "task.<value>_rise",
+    "task-ratio": "task.<value>_ratio",
+    "task-gain": "task.tiled_<value>_gain",
+    "baseline-drop": "baseline.<value>_drop",
+    "baseline-rise": "baseline.<value>_rise",
+}
+"""Headings that are about any value of a task, and how they are listed."""
+
+_FORMS = ("_drop", "_rise", "_ratio", "_gain")
+_TILED = "tiled_"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,15 +52,79 @@ def run(args: argparse.Namespace) -> ExitCode:
 
     sections = explanations()
     if args.check is None:
-        sys.stdout.write("".join(f"{name.replace('-', '.', 1)}\n" for name in sections))
+        sys.stdout.write("".join(f"{_listed(name)}\n" for name in sections))
         return ExitCode.PASSED
-    name = anchor(args.check).partition("#")[2]
+    check = _check_of(args.check)
+    listed = {_listed(name): name for name in sections}
+    name = listed.get(check, anchor(check).partition("#")[2])
+    about = ""
+    if name in _OF_VALUES and check not in listed:
+        lines = list(_about(check.partition(".")[2]))
+        if not lines:
+            raise _unknown(args.check, [*listed, *_known_checks(check.partition(".")[0])])
+        about = "\n".join(lines) + "\n\n"
     if name not in sections:
-        near = difflib.get_close_matches(name, sections, n=1)
-        meant = f"; did you mean {near[0].replace('-', '.', 1)!r}?" if near else ""
-        raise SpecError(f"there is no check {args.check!r}{meant}", hint="gate explain lists them")
-    sys.stdout.write(f"{args.check}\n\n{sections[name]}\n")
+        raise _unknown(args.check, list(listed))
+    sys.stdout.write(f"{args.check}\n\n{about}{sections[name]}\n")
     return ExitCode.PASSED
+
+
+def _listed(name: str) -> str:
+    """How a heading is listed: as a report names the check."""
+    return _OF_VALUES.get(name, name.replace("-", ".", 1))
+
+
+def _check_of(given: str) -> str:
+    """The check that a limit of the spec is for: `task.mean_ap_drop` of `task.mean_ap_drop_at_most`."""
+    if given.endswith("_at_most_pp"):
+        return given.removesuffix("_at_most_pp") + "_pp"
+    return given.removesuffix("_at_least").removesuffix("_at_most")
+
+
+def _unknown(check: str, known: list[str]) -> SpecError:
+    near = difflib.get_close_matches(check, known, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return SpecError(
+        f"there is no check {check!r}{meant}",
+        hint="gate explain lists them; the values of a metric of one's own are known where its package is installed",
+    )
+
+
+def _about(measured: str) -> Iterator[str]:
+    """What a value is, a line for each kind of task that has it; none where no kind has.
+
+    Args:
+        measured: The value's name, as it is or with the form of its check: `mean_ap_drop`.
+    """
+    measured = measured.removeprefix(_TILED)
+    bare = next((measured.removesuffix(form) for form in _FORMS if measured.endswith(form)), measured)
+    for kind in _kinds():
+        value = measured if measured in kind.values else bare
+        prefix = next((each for each in kind.named if value.startswith(each) and value != each), None)
+        if value in kind.values:
+            yield f"{kind.name}: {value}: {kind.values[value].what}"
+        elif prefix is not None:
+            yield f"{kind.name}: {value}: one of the values whose names begin with {prefix!r}"
+
+
+def _known_checks(group: str) -> list[str]:
+    return [
+        f"{group}.{value}{form}"
+        for kind in _kinds()
+        for value, measured in kind.values.items()
+        for form in ("", "_ratio", "_drop" if measured.higher_is_better else "_rise")
+    ]
+
+
+def _kinds() -> Iterator[Any]:
+    """Every kind of task that can be had here; one of another package that cannot be loaded explains nothing."""
+    from gate.metrics.kinds import kind_named, names
+
+    for name in names():
+        try:
+            yield kind_named(name)
+        except SpecError:
+            continue
 
 
 def explanations() -> dict[str, str]:

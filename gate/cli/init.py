@@ -274,8 +274,9 @@ def spec_text(model: Model, model_id: str) -> str:
         "samples = 1000               # how many there must be: fewer is an error",
         '# calibration = "data:calibration"   # for int8; none of these may be an evaluation sample',
         "",
-        "# [task]                     # for classification: answers are compared with labels, too",
-        '# kind = "classification"',
+        *_detector_lines(model),
+        "# [task]                     # answers are compared with the ground truth, too",
+        '# kind = "classification"    # or detection, semantic_segmentation, regression, ...: docs/tasks.md',
         "",
         "[[engine]]",
         'name = "ort-fp32"',
@@ -298,6 +299,27 @@ def spec_text(model: Model, model_id: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _detector_lines(model: Model) -> list[str]:
+    """What a detector has in place of `source`, as comments; nothing for a model whose input is no image."""
+    image = next((each.shape for each in model.inputs if len(each.shape) == 4), None)
+    if image is None or len(model.inputs) > 1 or not model.outputs:
+        return []
+    height, width = (size if isinstance(size, int) else 640 for size in image[2:])
+    return [
+        "# [data.images]              # a detector: in place of source, images and boxes in COCO's form",
+        '# kind = "coco"',
+        '# path = "images"',
+        '# annotations = "instances.json"',
+        "# [preprocess]",
+        f"# size = [{height}, {width}]",
+        "# [postprocess]              # what its outputs mean, every head and key: docs/tasks.md",
+        '# head = "yolo"              # or boxes, detr, yolo_grid',
+        f"# outputs = [{_toml(model.outputs[0])}]",
+        "# category_ids = [1, 2, 3]   # of the model's classes, in their order",
+        "",
+    ]
 
 
 def _toml(value: str | int) -> str:

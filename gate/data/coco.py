@@ -44,6 +44,10 @@ def read_coco(annotations: Path, images: Path, *, image_ids: Sequence[int] = (),
     where = where or str(annotations)
     lists = _read(annotations, where)
     problems = Problems()
+    for what in _LISTS:
+        if not lists[what]:
+            problems.add(f"{what} is empty: there is nothing to compare with")
+    problems.require_none(where)  # at once: of an empty list each entry of the others would be a problem too
     names = _categories(lists["categories"], problems)
     found = _images(lists["images"], images, set(image_ids) if image_ids else None, problems)
     if len(set(image_ids)) != len(image_ids):
@@ -56,9 +60,6 @@ def read_coco(annotations: Path, images: Path, *, image_ids: Sequence[int] = (),
         whole = checker.checked(each, f"annotations[{index}]")
         if whole is not None:
             by_image[whole["image_id"]].append(whole)
-    for what in _LISTS:
-        if not lists[what]:
-            problems.add(f"{what} is empty: there is nothing to compare with")
     problems.require_none(where, hint="Nothing was run. Repair the annotations, or remove what is wrong in them.")
     wanted = set(image_ids) or found.keys()
     return ImageSet(

@@ -48,6 +48,8 @@ _OUTSIDE_PX = 1.0
 _SECOND_SIGMOID = (0.5, 0.7311)
 """What a sigmoid makes of 0 to 1."""
 
+_SIGMOID_MARGIN = 0.02
+
 _FEWEST_SCORES = 20
 _NAMED = 8
 
@@ -529,6 +531,8 @@ def box_overlaps(first: Floats, second: Floats) -> Floats:
 def _paired(theirs: Detections, ours: Detections, threshold: float) -> _Pairs:
     """Pairs of most overlap first, those of one category before others; of equals the one with the better score."""
     iou = box_overlaps(theirs.boxes, ours.boxes)
+    # Cut off at the image's edge, a box may have no area left, and still be the other's.
+    iou[(theirs.boxes[:, None] == ours.boxes[None]).all(axis=2)] = 1.0
     rows, columns = np.nonzero(iou >= threshold)
     other = theirs.labels[rows] != ours.labels[columns]
     gap = np.abs(theirs.scores[rows] - ours.scores[columns])
@@ -628,6 +632,7 @@ def explain_low_map(
     *,
     expected: float | None = None,
     images: int = 500,
+    others: Mapping[str, Sequence[Detections]] | None = None,
 ) -> str | None:
     """Which other convention of boxes or categories would explain a mean AP that is far too low; None where none would.
 
@@ -639,6 +644,7 @@ def explain_low_map(
         categories: Of the ground truth.
         expected: The mean AP there should be, the reference's say: half of it is not far too low.
         images: How many of them, from the first, are looked at.
+        others: What else the model's outputs could mean, by a sentence, for as many images.
 
     Returns:
         One sentence that names the convention and the mean AP that it would give.
@@ -654,25 +660,39 @@ def explain_low_map(
     now = score(detections)
     if expected is not None and now >= expected / 2:
         return None
-    options: dict[str, float] = {}
+    options = {sentence: score(found[: len(targets)]) for sentence, found in (others or {}).items()}
     for sentence, convert in _BOX_CONVENTIONS.items():
-        options[sentence] = score(
-            [_with_boxes(found, convert, target.image) for found, target in zip(detections, targets, strict=True)]
-        )
+        read = [_with_boxes(found, convert, target.image) for found, target in zip(detections, targets, strict=True)]
+        options[sentence] = max(options.get(sentence, 0.0), score(read))
     for sentence, places in _label_conventions(categories).items():
         options[sentence] = score([_with_labels(found, places) for found in detections])
     best = max(options, key=lambda name: options[name])
     enough = max(2.0 * now, now + 0.02, 0.0 if expected is None else expected / 2)
     if options[best] >= enough:
         return f"mean_ap is {now:.3f}; it would be {options[best]:.3f} if {best}"
-    scores = np.concatenate([np.asarray(each.scores, np.float64) for each in detections]) if detections else np.zeros(0)
+    return second_sigmoid(detections)
+
+
+def second_sigmoid(detections: Sequence[Detections], reference: Sequence[Detections] | None = None) -> str | None:
+    """A sentence where all scores lie where a sigmoid puts what is a probability already; None where they do not.
+
+    Args:
+        detections: What a model found.
+        reference: What another found in the same images: where its scores lie there too, they may belong there.
+    """
+    scores, others = (
+        np.concatenate([np.zeros(0), *(np.asarray(each.scores, np.float64) for each in found or ())])
+        for found in (detections, reference)
+    )
     low, high = _SECOND_SIGMOID
-    if len(scores) >= _FEWEST_SCORES and scores.min() >= low and scores.max() <= high:
-        return (
-            f"all scores lie between {scores.min():.3f} and {scores.max():.3f}, as after a second sigmoid: the order and "
-            "so mean_ap stay, but every score threshold means something else"
-        )
-    return None
+    if len(scores) < _FEWEST_SCORES or scores.min() < low or scores.max() > high:
+        return None
+    if reference is not None and not ((others < low - _SIGMOID_MARGIN) | (others > high + _SIGMOID_MARGIN)).any():
+        return None
+    return (
+        f"all scores lie between {scores.min():.3f} and {scores.max():.3f}, as after a second sigmoid: the order and "
+        "so mean_ap stay, but every score threshold means something else"
+    )
 
 
 def _mean_ap(detections: Sequence[Detections], *, targets: Sequence[ImageTarget], categories: Categories) -> float:

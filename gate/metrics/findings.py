@@ -7,7 +7,7 @@ import binascii
 import difflib
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,14 +21,20 @@ from gate.results import TaskValues
 from gate.spec import EngineSpec, SpecFile
 from gate.tensors import Array
 from gate.verdict import Evidence, Finding, Interval, Limit
+from gate.wording import anchor
 
-Form = Literal["value", "change", "ratio"]
+Form = Literal["value", "change", "ratio", "gain"]
 
 IMPLAUSIBLE_GAIN = 0.05
 """An engine in less precision that is so much better than its reference is not better: something else differs."""
 
 _HIGHER = {"_at_least": "value", "_drop_at_most": "change", "_ratio_at_least": "ratio"}
 _LOWER = {"_at_most": "value", "_rise_at_most": "change", "_ratio_at_most": "ratio"}
+_TILED: Mapping[str, Form] = {"_gain_at_least": "gain", "_at_least": "value"}
+
+TILED = "tiled_"
+"""Begins the names of values that were measured over the tiles of the images."""
+
 _MOST_BYTES = 1 << 30
 
 
@@ -39,9 +45,11 @@ class Asked:
     Args:
         check: Such as `task.mean_ap_drop`.
         value: Name of the value.
-        form: What is limited: the value, its change from the reference for the worse, or its ratio to the reference's.
+        form: What is limited: the value, its change from the reference for the worse, its ratio to the reference's, or how
+            far tiles raise it over the same engine's whole images.
         limit: What is allowed.
         key: In `[engine.task]`; None for a default.
+        tiled: Whether it is about what was found in tiles.
     """
 
     check: str
@@ -49,6 +57,7 @@ class Asked:
     form: Form
     limit: Limit
     key: str | None
+    tiled: bool = False
 
 
 def asked_limits(kind: MetricKind, engine: EngineSpec, file: SpecFile) -> tuple[Asked, ...]:
@@ -76,11 +85,34 @@ def asked_limits(kind: MetricKind, engine: EngineSpec, file: SpecFile) -> tuple[
         where = file.engine_location(engine.name, "task", key)
         if not math.isfinite(limit):
             raise SpecError(f"[engine.task] {key} = {limit}: expected a finite number", where=where)
-        found.append(_asked(kind, key, limit, where))
+        tiled = _asked_of_tiles(kind, key, limit, where)
+        if tiled is not None and file.spec.tiling is None:
+            raise SpecError(
+                f"[engine.task] {key} needs [tiling], which says how images are cut into tiles",
+                where=where,
+                hint="Add to the spec: [tiling] size = 640 (pixels of a tile in the image).",
+            )
+        found.append(tiled or _asked(kind, key, limit, where, tiling=file.spec.tiling is not None))
     return tuple(found)
 
 
-def _asked(kind: MetricKind, key: str, limit: float, where: str) -> Asked:
+def _asked_of_tiles(kind: MetricKind, key: str, limit: float, where: str) -> Asked | None:
+    """The limit on a value over tiles that a key is; None where it is none."""
+    for value, ending, form in _tiled_limits(kind):
+        if key == f"{TILED}{value}{ending}":
+            check = f"task.{key.removesuffix('_at_least')}"
+            return Asked(check, value, form, Limit("at_least", limit, "spec", where), key, tiled=True)
+    return None
+
+
+def _tiled_limits(kind: MetricKind) -> Iterator[tuple[str, str, Form]]:
+    """Each value that tiles are scored by, with the endings that it takes."""
+    for name, value in kind.values.items():
+        if value.higher_is_better:
+            yield from ((name, ending, form) for ending, form in _TILED.items())
+
+
+def _asked(kind: MetricKind, key: str, limit: float, where: str, *, tiling: bool) -> Asked:
     for value, forms in _values_for(kind, key):
         for ending, form in forms.items():
             if key != f"{value}{ending}":
@@ -94,6 +126,8 @@ def _asked(kind: MetricKind, key: str, limit: float, where: str) -> Asked:
                 check, value, "value" if form == "value" else "change" if form == "change" else "ratio", made, key
             )
     keys = _keys(kind)
+    if tiling:
+        keys.extend(f"{TILED}{value}{ending}" for value, ending, _ in _tiled_limits(kind))
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.55)
     meant = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(keys)}"
     raise SpecError(f"[engine.task] has no key {key!r} for {kind.name}{meant}", where=where)
@@ -133,7 +167,8 @@ def task_findings(
 
     Args:
         asked: The limits.
-        candidate, reference: Statistics of engine and reference on the same samples.
+        candidate, reference: Statistics of engine and reference on the same samples; for limits on tiles, the engine's over
+            tiles and over whole images.
         kind: The task.
         evidence: Of the run.
         seed: Of the resamples.
@@ -150,7 +185,13 @@ def task_findings(
     drawn = resampled(candidate, reference, names, seed=seed, resamples=resamples, workers=workers)
     return tuple(
         _finding(
-            each, ours[each.value], theirs[each.value], drawn, kind=kind, evidence=evidence, against="the reference"
+            each,
+            ours[each.value],
+            theirs[each.value],
+            drawn,
+            kind=kind,
+            evidence=evidence,
+            against="whole images" if each.tiled else "the reference",
         )
         for each in asked
     )
@@ -194,6 +235,8 @@ def _finding(
         estimate, interval = ours, drawn.interval(asked.value)
     elif asked.form == "ratio":
         estimate, interval = _over(ours, theirs), drawn.ratio(asked.value)
+    elif asked.form == "gain":
+        estimate, interval = ours - theirs, drawn.difference(asked.value)
     else:
         sign = -1.0 if value.higher_is_better else 1.0
         change = drawn.difference(asked.value)
@@ -202,13 +245,19 @@ def _finding(
     if math.isnan(estimate):
         interval = Interval(math.nan, math.nan)
         detail = f"{asked.value} is not defined on these samples: there is nothing that it could be measured by"
+    elif asked.form == "change" and value.higher_is_better and 0 <= theirs <= asked.limit.value:
+        interval = Interval(math.nan, math.nan)
+        detail = (
+            f"{against[0].upper()}{against[1:]}'s {asked.value} is {theirs:.4g}: a drop of {asked.limit.value:g} from that is "
+            "all of it, so no engine could fail, and none can pass"
+        )
     else:
-        detail = f"{asked.value} {ours:.4g}, {against} {theirs:.4g}"
+        named = f"{asked.value} over tiles" if asked.tiled else asked.value
+        detail = f"{named} {ours:.4g}, {against} {theirs:.4g}"
         # The estimate of all samples lies within: a skewed draw must not leave it outside.
         interval = Interval(min(interval.lower, estimate), max(interval.upper, estimate))
         if drawn.samples < 2:
             detail += "; a single sample leaves nothing to draw from, so it cannot be said how far this holds"
-    group = "baseline-task" if asked.check.startswith("baseline.") else "task"
     return Finding(
         check=asked.check,
         estimate=estimate,
@@ -218,7 +267,7 @@ def _finding(
         n=drawn.samples,
         evidence=evidence,
         detail=detail,
-        hint=f"docs/findings.md#{group}_{asked.form}",
+        hint=anchor(asked.check),
     )
 
 
@@ -248,6 +297,19 @@ def measured_values(candidate: SampleStatistics, reference: SampleStatistics, *,
         reference=reference.values(),
         statistics=packed(candidate.to_arrays()),
     )
+
+
+def with_tiled(values: TaskValues, tiled: SampleStatistics, *, kind: MetricKind) -> TaskValues:
+    """The same with what tiles gave beside it, each name of the kind's values behind `tiled_`.
+
+    Raises:
+        MeasurementError: Tiles were scored on another number of images.
+    """
+    if tiled.samples != values.samples:
+        raise MeasurementError(f"tiles were scored on {tiled.samples} images, whole images are {values.samples}")
+    found = tiled.values()
+    more = {f"{TILED}{name}": found[name] for name in kind.values}
+    return msgspec.structs.replace(values, values=values.values | more)
 
 
 def packed(arrays: Mapping[str, Array]) -> str:

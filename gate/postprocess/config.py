@@ -105,6 +105,21 @@ class Postprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return tuple(name for name in (self.boxes, second, self.labels) if name is not None)
 
 
+class Tiling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How large images are cut into tiles, each of which then goes through the model like an image of its own.
+
+    Args:
+        size: Of a tile, pixels of the image before preprocessing; an image smaller than that is one tile.
+        overlap: Of neighbouring tiles at least, as a fraction of `size`. An object that is larger than it may be in no tile
+            as a whole.
+        full_image: Put what is found in the whole image beside what is found in its tiles: large objects.
+    """
+
+    size: Annotated[int, msgspec.Meta(ge=16)]
+    overlap: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.2
+    full_image: bool = False
+
+
 @dataclass(frozen=True)
 class Problem:
     """A key of `[postprocess]` that is wrong, and how."""

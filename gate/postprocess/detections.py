@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from gate.errors import MeasurementError
+from gate.errors import MeasurementError, SpecError
 from gate.postprocess.boxes import AnyFloats, clipped, iou_matrix, ordered, pixels_from_normalized
 from gate.postprocess.config import Postprocess, require_consistent
 from gate.postprocess.heads import Candidates, decoded, finite_rows
@@ -114,6 +116,90 @@ def detections_from_nms_outputs(
         _require_suppressed(corners[selected.boxes], selected, config, image)
         found.append(_detections(corners, selected[: config.max_detections], image, config, input_size))
     return tuple(found)
+
+
+def other_conventions(
+    outputs: Mapping[str, Array],
+    images: Sequence[ImageRecord],
+    config: Postprocess,
+    *,
+    input_size: tuple[int, int] | None = None,
+) -> dict[str, tuple[Detections, ...]]:
+    """What the same outputs would mean if one thing were not as it is declared, by a sentence that says which.
+
+    Args:
+        outputs: As of `detections_from_outputs`.
+        images: Likewise.
+        config: What the outputs were taken to mean.
+        input_size: Height and width of the model's input in pixels.
+
+    Returns:
+        Those readings that can be made; the formats and coordinates of boxes, x and y swapped, boxes that the model has
+        mapped to the image already, images that were letterboxed or stretched with nothing recorded, and another order.
+    """
+    config = config.resolved()
+    readings: dict[str, tuple[Mapping[str, Array], Sequence[ImageRecord], Postprocess]] = {}
+    if config.head != "yolo_grid":
+        for other in ("xyxy", "xywh", "cxcywh"):
+            if other != config.format:
+                said = f"the model's boxes are {other} and were read as {config.format}"
+                readings[said] = (outputs, images, msgspec.structs.replace(config, format=other))
+        for other in ("pixels", "normalized"):
+            if other != config.coordinates:
+                said = f"the model's boxes are {_UNITS[other]} and were read as {_UNITS[str(config.coordinates)]}"
+                readings[said] = (outputs, images, msgspec.structs.replace(config, coordinates=other))
+        readings["x and y are swapped"] = (_with_swapped_axes(outputs, config), images, config)
+    plain = [replace(each, scale_x=1.0, scale_y=1.0, left=0.0, top=0.0) for each in images]
+    readings["the model's boxes are in pixels of the image already and were mapped to it a second time"] = (
+        outputs,
+        plain,
+        config,
+    )
+    if input_size is not None:
+        for how, places in (("letterboxed", _letterboxed), ("stretched", _stretched)):
+            said = f"the images were {how} to {input_size[1]} x {input_size[0]} and their records said so"
+            readings[said] = (outputs, [places(each, input_size) for each in images], config)
+    arrays = {name: np.asarray(outputs[name]) for name in config.output_names if name in outputs}
+    for said, order in (
+        ("each answer is that of the image before", np.roll(np.arange(len(images)), -1)),
+        ("each answer is that of the image after", np.roll(np.arange(len(images)), 1)),
+        ("the answers are in the reverse order of the images", np.arange(len(images))[::-1]),
+    ):
+        if len(images) > 1 and all(each.ndim and len(each) == len(images) for each in arrays.values()):
+            readings[said] = ({name: each[order] for name, each in arrays.items()}, images, config)
+    found: dict[str, tuple[Detections, ...]] = {}
+    for said, (values, records, read) in readings.items():
+        try:
+            found[said] = detections_from_outputs(values, records, read, input_size=input_size)
+        except (MeasurementError, SpecError):
+            continue
+    return found
+
+
+_UNITS = {"pixels": "pixels of the input", "normalized": "fractions of the input"}
+
+
+def _with_swapped_axes(outputs: Mapping[str, Array], config: Postprocess) -> dict[str, Array]:
+    found = dict(outputs)
+    if config.head == "yolo" and config.outputs[0] in found:
+        array = np.asarray(found[config.outputs[0]])
+        if array.ndim == 3 and array.shape[1] >= 4:
+            found[config.outputs[0]] = array[:, [1, 0, 3, 2, *range(4, array.shape[1])]]
+    elif config.boxes in found:
+        array = np.asarray(found[config.boxes])
+        if array.ndim == 3 and array.shape[2] == 4:
+            found[config.boxes] = array[..., [1, 0, 3, 2]]
+    return found
+
+
+def _letterboxed(image: ImageRecord, size: tuple[int, int]) -> ImageRecord:
+    scale = min(size[0] / image.height, size[1] / image.width)
+    left, top = (size[1] - round(image.width * scale)) // 2, (size[0] - round(image.height * scale)) // 2
+    return replace(image, scale_x=scale, scale_y=scale, left=float(left), top=float(top))
+
+
+def _stretched(image: ImageRecord, size: tuple[int, int]) -> ImageRecord:
+    return replace(image, scale_x=size[1] / image.width, scale_y=size[0] / image.height, left=0.0, top=0.0)
 
 
 def in_image(boxes: AnyFloats, image: ImageRecord) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,42 +65,20 @@ def _starts(length: int, size: int, step: int) -> tuple[int, ...]:
     return (*range(0, last, step), last)
 
 
-def tile_batches(tiles: Sequence[Tile], batch: int) -> Iterator[tuple[Tile, ...]]:
-    """The tiles in order, at most so many at a time.
-
-    Raises:
-        MeasurementError: The batch is below 1.
-    """
-    if batch < 1:
-        raise MeasurementError(f"a batch holds at least one tile, got {batch}")
-    for start in range(0, len(tiles), batch):
-        yield tuple(tiles[start : start + batch])
-
-
-def tile_pixels(image: Array, tiles: Sequence[Tile], *, size: int, fill: float = 0) -> Array:
-    """The pixels of tiles, [n, size, size, ...], in the image's dtype.
+def tile_pixels(image: Array, tile: Tile) -> Array:
+    """The pixels of a tile, [tile.height, tile.width, ...], as a view of the image.
 
     Args:
         image: [H, W] or [H, W, channels].
-        tiles: Within the image.
-        size: Of a tile.
-        fill: Of what lies right of or below an image smaller than a tile.
+        tile: Within the image.
 
     Raises:
-        MeasurementError: A tile reaches beyond the image, or is larger than the size.
+        MeasurementError: The tile is empty or reaches beyond the image.
     """
-    found = np.full((len(tiles), size, size, *image.shape[2:]), fill, image.dtype)
-    for index, tile in enumerate(tiles):
-        part = image[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
-        if part.shape[:2] != (tile.height, tile.width) or max(tile.height, tile.width) > size:
-            raise MeasurementError(f"{tile} does not fit an image of {list(image.shape)} and tiles of {size} pixels")
-        found[index, : tile.height, : tile.width] = part
-    return found
-
-
-def tile_record(image: ImageRecord, tile: Tile) -> ImageRecord:
-    """A tile as an image of its own that became the model's input unscaled, from its upper left corner on."""
-    return ImageRecord(image.image_id, tile.width, tile.height, file_name=image.file_name)
+    part = image[max(tile.top, 0) : tile.top + tile.height, max(tile.left, 0) : tile.left + tile.width]
+    if part.shape[:2] != (tile.height, tile.width) or part.size == 0:
+        raise MeasurementError(f"{tile} does not fit an image of {list(image.shape)}")
+    return part
 
 
 def merged(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,13 @@ _LARGEST_SIDE_PX = 1600
 _LEAST_WIDTH_PX = 560
 _HEAD_PX, _FOOT_PX, _MARGIN_PX = 36, 44, 12
 _LABEL_PX = 15
+_LEGEND_LETTER_PX, _LEGEND_HANDLE_PX = 8, 70
+_MOST_STACKED = 5
+"""Labels of boxes on one spot, one above the other; those of more are left out."""
 _NUMBERED_CLASSES = 24
 """With more classes the counts do not fit their cells, and the colours alone are shown."""
+
+_Place = tuple[float, float, float, float]
 
 
 def draw_detections(
@@ -48,6 +53,8 @@ def draw_detections(
     target: ImageTarget | None = None,
     names: Mapping[int, str] | None = None,
     least_score: float = 0.25,
+    reference_alone: Collection[int] = (),
+    candidate_alone: Collection[int] = (),
 ) -> None:
     """Write an image with the boxes of reference (solid) and candidate (dashed), and the ground truth (dotted).
 
@@ -59,6 +66,8 @@ def draw_detections(
         target: The ground truth, where there is one; crowds are left out.
         names: Of the categories by id; where left out, or without an id, the id is written.
         least_score: Detections below it are not drawn; the picture says how many those are.
+        reference_alone: Which of the reference's detections have no counterpart, by their places: these are hatched.
+        candidate_alone: Which of the candidate's, likewise.
 
     Raises:
         MeasurementError: The image is empty, not uint8 or not of the size that `target` says, or detections are malformed.
@@ -74,7 +83,10 @@ def draw_detections(
     height, width = image.shape[:2]
     scale = _scale_of(max(height, width))
     shown_width, shown_height = math.ceil(width * scale), math.ceil(height * scale)
-    full_width = max(shown_width + 2 * _MARGIN_PX, _LEAST_WIDTH_PX)
+    who_found = (("reference", reference, reference_alone), ("candidate", candidate, candidate_alone))
+    told = [_legend_text(*each, least_score) for each in who_found]
+    legend_width = sum(_LEGEND_LETTER_PX * len(each) + _LEGEND_HANDLE_PX for each in ("ground truth: 00", *told))
+    full_width = max(shown_width + 2 * _MARGIN_PX, _LEAST_WIDTH_PX, legend_width)
     full_height = shown_height + _HEAD_PX + _FOOT_PX
     figure = figure_class(figsize=(full_width / _DPI, full_height / _DPI), dpi=_DPI)
     axes = figure.add_axes(
@@ -94,21 +106,26 @@ def draw_detections(
             x, y, box_width, box_height = (float(value) for value in each["bbox"])
             _draw_box(axes, (x, y, x + box_width, y + box_height), TRUTH_COLOUR, _DOTTED, line_width=4.0)
         handles.append(Line2D([], [], color=TRUTH_COLOUR, linestyle=_DOTTED, lw=4, label=f"ground truth: {len(truth)}"))
-    looks: tuple[tuple[str, Detections, str, Any, bool], ...] = (
-        ("reference", reference, REFERENCE_COLOUR, "solid", True),
-        ("candidate", candidate, CANDIDATE_COLOUR, _DASHED, False),
+    looks: tuple[tuple[Detections, Collection[int], str, str, Any, bool], ...] = (
+        (reference, reference_alone, told[0], REFERENCE_COLOUR, "solid", True),
+        (candidate, candidate_alone, told[1], CANDIDATE_COLOUR, _DASHED, False),
     )
-    for who, found, colour, style, is_above in looks:
+    taken: list[_Place] = []
+    for found, alone, text_of_all, colour, style, is_above in looks:
         drawn = np.flatnonzero(found.scores >= least_score)
         for index in drawn[::-1]:  # the best last, on top
             box = tuple(found.boxes[index].tolist())
             _draw_box(axes, box, colour, style, line_width=1.8)
+            if index in alone:
+                _hatch_box(axes, box, colour)
+        for index in sorted(drawn.tolist(), key=lambda index: (index not in alone, index)):
+            box = tuple(found.boxes[index].tolist())
             label = int(found.labels[index])
             text = f"{(names or {}).get(label, str(label))} {found.scores[index]:.2f}"
-            _draw_label(axes, text, box, colour, pixel=1 / scale, size=(width, height), is_above=is_above)
-        left_out = len(found.scores) - len(drawn)
-        below = f", {left_out} below {least_score:g}" if left_out else ""
-        handles.append(Line2D([], [], color=colour, linestyle=style, lw=2, label=f"{who}: {len(drawn)}{below}"))
+            place = _label_place(text, box, taken, pixel=1 / scale, size=(width, height), is_above=is_above)
+            if place is not None:
+                _draw_label(axes, text, place, colour, is_above=is_above)
+        handles.append(Line2D([], [], color=colour, linestyle=style, lw=2, label=text_of_all))
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     if target is not None:
@@ -253,26 +270,77 @@ def _draw_box(axes: Any, box: Sequence[float], colour: str, style: Any, *, line_
         )
 
 
-def _draw_label(
-    axes: Any,
+def _legend_text(who: str, found: Detections, alone: Collection[int], least_score: float) -> str:
+    drawn = np.flatnonzero(found.scores >= least_score).tolist()
+    lone = sum(index in alone for index in drawn)
+    left_out = len(found.scores) - len(drawn)
+    return (
+        f"{who}: {len(drawn)}"
+        + (f", {lone} alone (hatched)" if lone else "")
+        + (f", {left_out} below {least_score:g}" if left_out else "")
+    )
+
+
+def _hatch_box(axes: Any, box: Sequence[float], colour: str) -> None:
+    """Lines across a box, so that it is found among others; the image is seen between them."""
+    from matplotlib.patches import Rectangle
+
+    size = (box[2] - box[0], box[3] - box[1])
+    axes.add_patch(
+        Rectangle((box[0], box[1]), *size, fill=False, edgecolor=colour, hatch="//", linewidth=0, alpha=0.8, zorder=3)
+    )
+
+
+def _label_place(
     text: str,
     box: Sequence[float],
-    colour: str,
+    taken: list[_Place],
     *,
     pixel: float,
     size: tuple[int, int],
     is_above: bool,
-) -> None:
-    """The label outside the box, above or below, or inside where the image ends there; `pixel` is one on the screen."""
-    x = min(max(box[0], 0.0), max(size[0] - 7 * len(text) * pixel, 0.0))
+) -> tuple[float, float] | None:
+    """Where a label goes: outside the box, above or below, or inside where the image ends there.
+
+    A place that is taken is left to the label that has it, and the next further out is looked at; None where the first few
+    are all taken.
+
+    Args:
+        text: Of the label.
+        box: xyxy, in pixels of the image.
+        taken: Left, top, right and bottom of the labels so far; the place found is added.
+        pixel: One pixel of the screen, in pixels of the image.
+        size: Width and height of the image.
+        is_above: Whether its lower edge is at the place, or its upper one.
+    """
+    wide, high = 7 * len(text) * pixel, _LABEL_PX * pixel
+    x = min(max(box[0], 0.0), max(size[0] - wide, 0.0))
     y = box[1] - 3 * pixel if is_above else box[3] + 3 * pixel
-    if is_above and y < _LABEL_PX * pixel:
-        y = max(box[1], 0.0) + (_LABEL_PX + 3) * pixel
-    if not is_above and y > size[1] - _LABEL_PX * pixel:
-        y = min(box[3], float(size[1])) - (_LABEL_PX + 3) * pixel
+    goes_up = is_above
+    if is_above and y < high:
+        y, goes_up = max(box[1], 0.0) + high + 3 * pixel, False
+    if not is_above and y > size[1] - high:
+        y, goes_up = min(box[3], float(size[1])) - high - 3 * pixel, True
+    top = y - high if is_above else y
+    for _ in range(_MOST_STACKED):
+        place = (x, top, x + wide, top + high)
+        if place[1] < 0 or place[3] > size[1]:
+            return None
+        in_the_way = [other for other in taken if _meet(place, other)]
+        if not in_the_way:
+            taken.append(place)
+            return x, top + high if is_above else top
+        top = min(other[1] for other in in_the_way) - high if goes_up else max(other[3] for other in in_the_way)
+    return None
+
+
+def _meet(first: _Place, second: _Place) -> bool:
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
+
+
+def _draw_label(axes: Any, text: str, place: tuple[float, float], colour: str, *, is_above: bool) -> None:
     axes.text(
-        x,
-        y,
+        *place,
         text,
         fontsize=8,
         color="white",

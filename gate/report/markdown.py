@@ -15,6 +15,9 @@ from gate.report.making import (
     range_rows,
     reproduce_lines,
 )
+from gate.report.pictures import Drawn
+from gate.report.scores import HEADINGS as SCORE_HEADINGS
+from gate.report.scores import box_lines, score_table
 from gate.report.table import HEADINGS, device_text, rows
 from gate.report.terminal import next_command
 from gate.results import CheckRun, EngineResult
@@ -36,8 +39,14 @@ from gate.wording import (
 _LOCATION = re.compile(r"(?P<file>.+):(?P<line>\d+)")
 
 
-def markdown(run: CheckRun) -> str:
-    """The report of a run, in GitHub's Markdown; its first line is the verdict with the reason."""
+def markdown(run: CheckRun, drawn: Drawn | None = None) -> str:
+    """The report of a run, in GitHub's Markdown; its first line is the verdict with the reason.
+
+    Args:
+        run: What was checked.
+        drawn: The pictures that lie beside the report; None where there are none to speak of.
+    """
+    drawn = drawn or Drawn()
     lines = [f"**{_text(run.summary)}**", ""]
     command = next_command(run)
     if command:
@@ -58,7 +67,9 @@ def markdown(run: CheckRun) -> str:
             lines += ["", *_explained(result)]
     for result in run.engines:
         if result.verdict is not None:
-            lines += ["", *_details(result)]
+            lines += ["", *_details(result, drawn)]
+    for remark in drawn.remarks:
+        lines += ["", _text(remark)]
     lines += ["", *_provenance(run)]
     return "\n".join(lines) + "\n"
 
@@ -104,7 +115,7 @@ def _explained(result: EngineResult) -> Iterator[str]:
         yield f"- {_text(note)}"
 
 
-def _details(result: EngineResult) -> Iterator[str]:
+def _details(result: EngineResult, drawn: Drawn) -> Iterator[str]:
     findings = () if result.verdict is None else result.verdict.findings
     count = f"{len(findings)} finding{'' if len(findings) == 1 else 's'}"
     yield f"<details><summary>{result.name}: {status_word(result.status, result.evidence)}, {count}</summary>"
@@ -113,6 +124,13 @@ def _details(result: EngineResult) -> Iterator[str]:
         ("check", "status", "observed", "interval", "limit", "limit from", "n", "evidence"),
         [_finding_cells(finding, result) for finding in findings],
     )
+    yield from _scores(result)
+    for picture in drawn.pictures:
+        if picture.engine == result.name:
+            yield ""
+            yield f"{_text(picture.caption)}:"
+            yield ""
+            yield f"![{picture.name}]({picture.path})"
     for output in result.outputs:
         worst = ", ".join(f"{index} ({error:.1e})" for index, error in output.worst_samples[:5])
         yield ""
@@ -149,6 +167,18 @@ def _details(result: EngineResult) -> Iterator[str]:
         yield from ("", "```sh", *lines, "```")
     yield ""
     yield "</details>"
+
+
+def _scores(result: EngineResult) -> Iterator[str]:
+    """The engine's values beside the reference's, and its boxes."""
+    if result.scores is None:
+        return
+    table = score_table(result.scores)
+    yield ""
+    yield from _table((table.title, *SCORE_HEADINGS[1:]), table.rows)
+    for line in (*table.remarks, *box_lines(result.scores)):
+        yield ""
+        yield _text(line)
 
 
 def _finding_cells(finding: Finding | Failure, result: EngineResult) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import math
 
 import msgspec
 
+from gate.report.scores import first_score_text
 from gate.results import CheckRun, EngineResult, Fingerprint
 from gate.verdict import Evidence
 from gate.wording import MISSING, milliseconds, number, size_text, status_word
@@ -59,7 +60,12 @@ def parity_text(result: EngineResult) -> str:
 
 
 def task_text(result: EngineResult) -> str:
-    """Top-1 accuracy, and its difference from the reference in percentage points: `98.37 % (-0.12 pp)`."""
+    """Top-1 accuracy, and its difference from the reference in percentage points: `98.37 % (-0.12 pp)`.
+
+    Of any other task its first value: `mean_ap 0.777 (-0.004)`.
+    """
+    if result.scores is not None:
+        return first_score_text(result.scores)
     task = result.task
     if task is None or task.samples <= 0:
         return ""

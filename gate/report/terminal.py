@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from gate.errors import ExitCode
 from gate.report.making import making_lines, reproduce_lines
+from gate.report.scores import HEADINGS as SCORE_HEADINGS
+from gate.report.scores import box_lines, score_table
 from gate.report.table import HEADINGS, NOT_RUN_HERE, device_text, rows
 from gate.results import CheckRun, EngineResult
 from gate.verdict import Failure, Finding, Status
@@ -42,8 +44,6 @@ MOST_NAMES = 3
 
 _SHORTER = {NOT_RUN_HERE: "not run", "PASSED (preflight only)": "PASSED (preflight)"}
 _CAUSE = "likely cause: "
-_NO_CAUSE = ("built ", "compared on the host ", "precision ", "worst sample ")
-"""Beginnings of notes that say what was done, or where."""
 _OF_ANSWERS = ("parity.", "task.", "metamorphic.")
 _COLOURED = re.compile(r"\b(PASSED|FAILED|INCONCLUSIVE|NOT RUN|REFUSED|WARNING)\b")
 _STYLES = {
@@ -200,9 +200,14 @@ def _explained(run: CheckRun, result: EngineResult, *, verbose: bool) -> Iterato
 
 
 def _likely_cause(result: EngineResult) -> str | None:
-    """The first note that is not about how the engine was made or compared; else, for other answers, a warning."""
-    made = () if result.lowering is None else result.lowering.notes
-    causes = [note for note in result.notes if note not in made and not note.startswith(_NO_CAUSE)]
+    """The first note that is known to name one; else, for other answers, a warning.
+
+    A note that begins `likely cause:` does, and one on a single output, `logits: softmax is applied twice`. Others say
+    how the engine was made or compared, or where to look.
+    """
+    diagnosed = tuple(f"{each.output}: " for each in result.outputs)
+    causes = [note for note in result.notes if note.startswith(_CAUSE)]
+    causes = causes or [note for note in result.notes if note.startswith(diagnosed)]
     if not causes and result.failing[0].check.startswith(_OF_ANSWERS):
         # The last one: another scale is told after outliers, and these after too few samples.
         causes = [*result.warnings[-1:]]
@@ -253,12 +258,27 @@ def _all_findings(result: EngineResult) -> Iterator[str]:
         )
         if finding.status is not Status.PASSED:
             yield from _why(finding)
+    yield from (f"{GAP}{line}" for line in _scores(result))
     for note in (*making_lines(result), *result.notes):
         yield f"{GAP}{note}"
     for what, command in reproduce_lines(result):
         yield f"{GAP}{what}: {command}"
     if result.reused:
         yield f"{GAP}reused: {', '.join(result.reused)}"
+
+
+def _scores(result: EngineResult) -> Iterator[str]:
+    """The engine's values beside the reference's, and its boxes."""
+    if result.scores is None:
+        return
+    table = score_table(result.scores)
+    cells = [(table.title, *SCORE_HEADINGS[1:]), *((f"{GAP}{name}", *more) for name, *more in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for name, *numbers in cells:
+        right = (text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))
+        yield GAP.join((name.ljust(widths[0]), *right))
+    yield from (f"{GAP}{remark}" for remark in table.remarks)
+    yield from box_lines(result.scores)
 
 
 def _why(finding: Finding | Failure) -> Iterator[str]:

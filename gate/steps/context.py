@@ -205,6 +205,8 @@ class Context:
             found["images"] = described()
         if self.spec.postprocess is not None:
             found["postprocess"] = msgspec.to_builtins(self.spec.postprocess.resolved())
+        if self.spec.tiling is not None:
+            found["tiling"] = msgspec.to_builtins(self.spec.tiling)
         return found
 
     def close(self) -> None:

@@ -15,12 +15,13 @@ from gate.metamorphic import applicable_checks, metamorphic_findings
 from gate.metrics.findings import asked_limits
 from gate.rebuilds import build_differences, with_spread
 from gate.reference import batch_size
-from gate.results import EngineResult
+from gate.results import EngineResult, TaskValues
 from gate.spec import EngineSpec, LatencySpec, SpecFile, located
-from gate.steps.compare import compare_outputs
+from gate.steps.compare import Compared, compare_outputs
 from gate.steps.context import Context
 from gate.steps.make import Made, make_engine, model_resources
 from gate.steps.task import task_kind
+from gate.steps.tiled import tiled_answers
 from gate.tensors import Array
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Verdict, is_covered
 
@@ -116,7 +117,9 @@ def rebuilt(
             others.append(again)
             findings.extend(_build_findings(engine, again, _size_bytes(engine, backend, again), file=run.file))
             with _opened(run, engine, backend, again) as runner:
-                compare_outputs(run, engine, runner, evidence, findings, engine_sha256=again.sha256)
+                compared = compare_outputs(run, engine, runner, evidence, findings, engine_sha256=again.sha256)
+                if compared is not None:
+                    _scores(run, engine, runner, compared, evidence, findings=findings, engine_sha256=again.sha256)
         except GateError as err:
             findings.append(_failure(f"run[rebuild {index}]", err, evidence))
     builds = (made, *others)
@@ -256,7 +259,6 @@ def _run_engine(
             result,
             outputs=compared.outputs,
             task=compared.task,
-            scores=None if compared.answers is None else compared.answers.values,
             notes=(*result.notes, *compared.notes),
         )
         _metamorphic(run, engine, runner, evidence, findings)
@@ -267,9 +269,36 @@ def _run_engine(
     result = msgspec.structs.replace(result, host_peak_mib=host.mib)
     if engine.memory is not None and engine.memory.host_peak_mib is not None:
         findings.append(_memory_finding("host_peak_mib", host.mib, engine, run, evidence=evidence))
+    # Images that are cut into tiles take host memory of the gate's own, so it is not watched any more.
+    scores = _scores(
+        run, engine, runner, compared, evidence, findings=findings, engine_sha256=result.engine_sha256 or ""
+    )
+    result = msgspec.structs.replace(result, scores=scores)
     if engine.baseline is not None:
         result = _against_baseline(run, engine, result, evidence, findings)
     return result
+
+
+def _scores(
+    run: Context,
+    engine: EngineSpec,
+    runner: Runner,
+    compared: Compared,
+    evidence: Evidence,
+    *,
+    findings: list[Finding | Failure],
+    engine_sha256: str,
+) -> TaskValues | None:
+    """The values of a task other than classification, those over tiles beside them where the spec has `[tiling]`."""
+    if compared.answers is None:
+        return None
+    try:
+        tiled = tiled_answers(run, engine, runner, compared.answers, evidence, engine_sha256=engine_sha256)
+    except GateError as err:
+        findings.append(_failure("task.tiled", err, evidence))
+        return compared.answers.values
+    findings.extend(tiled.findings)
+    return tiled.values
 
 
 def _seen(peak: DevicePeak) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from gate.data.images import ImageSource
 from gate.data.samples import DigestedSource, categories_of
 from gate.device import usable_cores
 from gate.errors import DataError, MeasurementError, RunError
-from gate.metrics.detection import BoxAgreement, BoxComparison, WorstImage, explain_low_map
+from gate.metrics.detection import BoxAgreement, BoxComparison, WorstImage, explain_low_map, second_sigmoid
 from gate.metrics.findings import (
     Asked,
     asked_limits,
@@ -27,7 +28,7 @@ from gate.metrics.findings import (
 from gate.metrics.interface import MetricKind, SampleStatistics, TaskMetric
 from gate.metrics.kinds import kind_named
 from gate.postprocess.config import Postprocess
-from gate.postprocess.detections import detections_from_nms_outputs, detections_from_outputs
+from gate.postprocess.detections import detections_from_nms_outputs, detections_from_outputs, other_conventions
 from gate.results import TaskValues
 from gate.spec import EngineSpec
 from gate.steps.context import Context, data_where
@@ -41,7 +42,13 @@ NMS_OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detecti
 SHOWN_IMAGES = 3
 """Of the images in which the boxes differ most, so many are kept for pictures."""
 
-_HINTED = 500
+_HINTED = 128
+"""Of so many images the outputs are kept, to say what else they could mean where mean_ap is far too low."""
+
+_HINTED_BYTES = 64 << 20
+
+_POOR = 0.25
+"""A reference below this mean_ap is read in other ways too: if one of them gives more, the reference is read wrongly."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,25 @@ def require_task(run: Context) -> None:
     empty_metric(run, kind)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A batch that is kept to say what else its answers could mean.
+
+    Args:
+        targets: Of its images.
+        size: Height and width of the input.
+        reference, candidate: Outputs that `[postprocess]` reads.
+        theirs, ours: What was found.
+    """
+
+    targets: Sequence[ImageTarget]
+    size: tuple[int, int] | None
+    reference: Mapping[str, Array]
+    candidate: Mapping[str, Array]
+    theirs: Sequence[Detections]
+    ours: Sequence[Detections]
+
+
 @dataclass
 class TaskRun:
     """One engine's answers beside the reference's."""
@@ -154,8 +180,7 @@ class TaskRun:
     reference: TaskMetric
     categories: Categories | None
     boxes: BoxComparison | None
-    _found: list[tuple[Detections, ...]] = field(default_factory=list)
-    _truth: list[ImageTarget] = field(default_factory=list)
+    _kept: list[_Kept] = field(default_factory=list)
     _shown: dict[int, tuple[ImageTarget, str | None, Array | None]] = field(default_factory=dict)
 
     def add(self, reference: Mapping[str, Array], candidate: Mapping[str, Array], batch: Batch) -> None:
@@ -171,22 +196,90 @@ class TaskRun:
             MeasurementError: The answers are.
         """
         targets = targets_of(batch, self.run)
-        theirs = _predictions(reference, batch, targets, run=self.run, kind=self.kind, nms=None, who="the reference")
-        ours = _predictions(
-            candidate, batch, targets, run=self.run, kind=self.kind, nms=self.engine.nms, who="the engine"
-        )
+        theirs = self._read(reference, batch, targets, nms=None, who="the reference")
+        ours = self._read(candidate, batch, targets, nms=self.engine.nms, who="the engine")
         if self.boxes is not None:
+            if (sentence := second_sigmoid(ours, theirs)) is not None:
+                raise MeasurementError(
+                    f"the engine: {sentence}",
+                    where=f"samples from {batch.first}",
+                    hint='Is a sigmoid in its graph, and another in the model or in [postprocess] activation = "sigmoid"?',
+                )
             self.boxes.add(theirs, ours, [each.image for each in targets])
-            if len(self._truth) < _HINTED:
-                self._found.append(ours)
-                self._truth.extend(targets)
             if self.run.options.answered is not None:
                 self._keep_shown(self.boxes.result(), batch, targets)
-        try:
+            self._keep(reference, candidate, batch, targets, theirs=theirs, ours=ours)
+        with _said_of("the reference", theirs if self.boxes is not None else ()):
             self.reference.add(theirs, reference=theirs, targets=targets, first_sample=batch.first)
+        with _said_of("the engine"):
+            self.candidate.add(ours, reference=theirs, targets=targets, first_sample=batch.first)
+
+    def _read(
+        self, outputs: Mapping[str, Array], batch: Batch, targets: Sequence[Any], *, nms: str | None, who: str
+    ) -> Any:
+        """As `_predictions`; where the outputs cannot be what is declared, the hint says what they could be."""
+        try:
+            return _predictions(outputs, batch, targets, run=self.run, kind=self.kind, nms=nms, who=who)
         except MeasurementError as err:
-            raise MeasurementError(f"the reference: {err.message}", where=err.where, hint=err.hint) from err
-        self.candidate.add(ours, reference=theirs, targets=targets, first_sample=batch.first)
+            config = self.run.spec.postprocess
+            if self.boxes is None or self.categories is None or config is None:
+                raise
+            size = _input_size(self.run, batch)
+            others = other_conventions(outputs, [each.image for each in targets], config, input_size=size)
+            nothing = [Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64)) for _ in targets]
+            if not others or not any(each.annotations for each in targets):
+                raise
+            sentence = explain_low_map(nothing, targets, self.categories, expected=2 * _POOR, others=others)
+            if sentence is None:
+                raise
+            hint = f"As declared, nothing can be read. {sentence[0].upper()}{sentence[1:]}."
+            raise MeasurementError(err.message, where=err.where, hint=hint) from err
+
+    def _keep(
+        self,
+        reference: Mapping[str, Array],
+        candidate: Mapping[str, Array],
+        batch: Batch,
+        targets: Sequence[ImageTarget],
+        *,
+        theirs: Sequence[Detections],
+        ours: Sequence[Detections],
+    ) -> None:
+        config = self.run.spec.postprocess
+        left = _HINTED - sum(len(each.targets) for each in self._kept)
+        if config is None or left <= 0:
+            return
+        names = [name for name in config.output_names if name in reference and name in candidate]
+        per_image = 2 * sum(reference[name][:1].nbytes for name in names)
+        held = sum(each.nbytes for kept in self._kept for each in (*kept.reference.values(), *kept.candidate.values()))
+        part = slice(0, min(left, batch.size, max((_HINTED_BYTES - held) // max(per_image, 1), 0 if held else 1)))
+        if part.stop:
+            self._kept.append(
+                _Kept(
+                    targets[part],
+                    _input_size(self.run, batch),
+                    {name: np.array(reference[name][part]) for name in names},
+                    {name: np.array(candidate[name][part]) for name in names},
+                    theirs[part],
+                    ours[part],
+                )
+            )
+
+    def _explained(self, *, of_reference: bool, expected: float) -> str | None:
+        """Which other convention would explain a mean_ap that is far below what is expected; None where none would."""
+        config = self.run.spec.postprocess
+        targets = [target for kept in self._kept for target in kept.targets]
+        if config is None or self.categories is None or not targets:
+            return None
+        found = [each for kept in self._kept for each in (kept.theirs if of_reference else kept.ours)]
+        others: dict[str, list[Detections]] = {}
+        for kept in self._kept:
+            outputs = kept.reference if of_reference else kept.candidate
+            images = [each.image for each in kept.targets]
+            for sentence, read in other_conventions(outputs, images, config, input_size=kept.size).items():
+                others.setdefault(sentence, []).extend(read)
+        whole = {sentence: read for sentence, read in others.items() if len(read) == len(targets)}
+        return explain_low_map(found, targets, self.categories, expected=expected, others=whole)
 
     def measured(self, evidence: Evidence, engine_sha256: str) -> TaskMeasured:
         """What all batches gave.
@@ -194,11 +287,18 @@ class TaskRun:
         Raises:
             MeasurementError: There is nothing to score.
         """
-        try:
+        with _said_of("the reference"):
             theirs: SampleStatistics = self.reference.statistics()
-        except MeasurementError as err:
-            raise MeasurementError(f"the reference: {err.message}", where=err.where, hint=err.hint) from err
-        ours = self.candidate.statistics()
+        with _said_of("the engine"):
+            ours = self.candidate.statistics()
+        values = measured_values(ours, theirs, kind=self.kind)
+        if self.boxes is not None and values.reference[next(iter(self.kind.values))] < _POOR:
+            sentence = self._explained(of_reference=True, expected=2 * _POOR)
+            if sentence is not None:
+                raise MeasurementError(
+                    f"the reference's own answers are read wrongly: {sentence}",
+                    hint="Correct [postprocess], the categories or the records of the images; no engine can be judged so.",
+                )
         task = self.run.spec.task
         findings = task_findings(
             [each for each in self.asked if not each.tiled],
@@ -212,7 +312,6 @@ class TaskRun:
             resamples=1000 if task is None else task.resamples,
             workers=usable_cores(),
         )
-        values = measured_values(ours, theirs, kind=self.kind)
         agreement = None if self.boxes is None else self.boxes.result()
         if agreement is not None:
             values = msgspec.structs.replace(values, boxes=_numbers(agreement))
@@ -252,9 +351,8 @@ class TaskRun:
         if agreement is None:
             return notes
         first = next(iter(self.kind.values))
-        if values.values[first] < values.reference[first] / 2 and self.categories is not None and self._truth:
-            found = [each for batch in self._found for each in batch]
-            hint = explain_low_map(found, self._truth, self.categories, expected=values.reference[first])
+        if values.values[first] < values.reference[first] / 2:
+            hint = self._explained(of_reference=False, expected=values.reference[first])
             if hint is not None:
                 notes.append(f"likely cause: {hint}")
         if agreement.worst and (agreement.reference_only or agreement.candidate_only or agreement.class_changes):
@@ -378,7 +476,20 @@ def _image_path(run: Context, image_id: int) -> str | None:
     source = run.source.source if isinstance(run.source, DigestedSource) else run.source
     if not isinstance(source, ImageSource):
         return None
-    return next((each.place for each in source.items if each.image_id == image_id and isinstance(each.place, str)), None)
+    return next(
+        (each.place for each in source.items if each.image_id == image_id and isinstance(each.place, str)), None
+    )
+
+
+@contextmanager
+def _said_of(who: str, found: Sequence[Detections] = ()) -> Iterator[None]:
+    """An error in this block says whose answers it is about, and what the scores of what was found tell."""
+    try:
+        yield
+    except MeasurementError as err:
+        sentence = second_sigmoid(found)
+        hint = err.hint if sentence is None else f"{sentence[0].upper()}{sentence[1:]}."
+        raise MeasurementError(f"{who}: {err.message}", where=err.where, hint=hint) from err
 
 
 def _image(target: Any, index: int) -> ImageRecord:

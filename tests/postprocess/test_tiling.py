@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gate.errors import MeasurementError
-from gate.postprocess.tiling import Tile, merged, overlap_px, tile_batches, tile_pixels, tile_record, tiles_of
+from gate.postprocess.tiling import Tile, merged, overlap_px, tile_pixels, tiles_of
 from gate.targets import Detections, ImageRecord
 
 
@@ -68,6 +68,15 @@ def test_object_larger_than_the_overlap_is_not_lost():
     assert len(whole.boxes) >= 1
 
 
+def test_object_larger_than_any_tile_is_found_whole_where_the_whole_image_is_one_tile_more():
+    tiles = (*tiles_of(100, 100, size=40, overlap=0.5), Tile(0, 0, 100, 100))
+    large = np.array([[1, 1, 99, 99]], np.float64)
+    none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+    found = [none] * (len(tiles) - 1) + [Detections(large, np.array([0.9]), np.array([1]))]
+    whole = merged(found, tiles, ImageRecord(1, 100, 100), overlap=20, iou_threshold=0.5, max_detections=9)
+    assert np.array_equal(whole.boxes, large)
+
+
 def test_classes_are_suppressed_together_only_where_asked():
     tile = Tile(0, 0, 50, 50)
     boxes = np.array([[5, 5, 20, 20]] * 2, np.float64)
@@ -78,21 +87,53 @@ def test_classes_are_suppressed_together_only_where_asked():
     assert merged(found, [tile], image, **arguments, class_agnostic=True).labels.tolist() == [3]
 
 
-def test_pixels_of_tiles_come_in_batches_and_are_filled_beyond_the_image():
-    image = np.arange(6 * 10, dtype=np.uint8).reshape(6, 10)
+def test_pixels_of_a_tile_are_those_of_the_image_at_its_offset():
+    image = np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)
     tiles = tiles_of(10, 6, size=8, overlap=0.25)
-    batches = list(tile_batches(tiles, 1))
-    assert [len(each) for each in batches] == [1, 1]
-    first = tile_pixels(image, tiles, size=8, fill=114)
-    assert first.shape == (2, 8, 8)
-    assert np.array_equal(first[1, :6], image[:, 2:])
-    assert (first[:, 6:] == 114).all()
-    assert tile_pixels(np.zeros((8, 8, 3), np.float32), [Tile(0, 0, 8, 8)], size=8).shape == (1, 8, 8, 3)
+    assert tiles == (Tile(0, 0, 8, 6), Tile(2, 0, 8, 6))
+    assert np.array_equal(tile_pixels(image, tiles[1]), image[:, 2:])
+    assert tile_pixels(image[..., 0], tiles[0]).shape == (6, 8)
 
 
-def test_tile_is_an_image_of_its_own():
-    record = tile_record(ImageRecord(7, 100, 80, scale_x=2.0, file_name="a.png"), Tile(10, 20, 64, 60))
-    assert record == ImageRecord(7, 64, 60, file_name="a.png")
+@settings(max_examples=100)
+@given(st.integers(1, 90), st.integers(1, 70), st.integers(16, 64), st.floats(0, 0.5))
+def test_what_lies_in_a_tile_lies_in_the_image_at_its_offset(width, height, size, overlap):
+    image = np.arange(width * height).reshape(height, width)
+    put_back = np.full_like(image, -1)
+    for tile in tiles_of(width, height, size=size, overlap=overlap):
+        put_back[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width] = tile_pixels(image, tile)
+    assert np.array_equal(put_back, image)
+
+
+def test_image_smaller_than_a_tile_is_one_tile_of_its_own_size():
+    assert tiles_of(30, 500, size=64, overlap=0.2)[0] == Tile(0, 0, 30, 64)
+    assert tiles_of(30, 20, size=64, overlap=0.2) == (Tile(0, 0, 30, 20),)
+
+
+def test_boxes_of_each_tile_are_moved_by_its_own_offset():
+    tiles = tiles_of(100, 80, size=60, overlap=0.25)
+    found = [Detections(np.array([[20.0, 20, 30, 30]]), np.array([0.5]), np.array([at])) for at in range(len(tiles))]
+    whole = merged(found, tiles, ImageRecord(1, 100, 80), overlap=15, iou_threshold=0.5, max_detections=9)
+    expected = {at: [tile.left + 20, tile.top + 20] for at, tile in enumerate(tiles)}
+    assert {int(label): box[:2].tolist() for label, box in zip(whole.labels, whole.boxes, strict=True)} == expected
+    assert np.array_equal(whole.boxes[:, 2:] - whole.boxes[:, :2], np.full((len(tiles), 2), 10.0))
+
+
+def test_more_than_is_kept_of_an_image_are_the_best_of_all_its_tiles():
+    tiles = tiles_of(100, 40, size=60, overlap=0.25)
+    found = [
+        Detections(np.array([[20.0, 5 + 8 * at, 28, 12 + 8 * at]]), np.array([0.1 + 0.2 * at]), np.array([1]))
+        for at in range(len(tiles))
+    ]
+    whole = merged(found, tiles, ImageRecord(1, 100, 40), overlap=15, iou_threshold=0.5, max_detections=1)
+    assert whole.scores.tolist() == [pytest.approx(0.1 + 0.2 * (len(tiles) - 1))]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_box_that_is_not_finite_is_an_error(value):
+    found = [Detections(np.array([[5.0, 5, value, 20]]), np.array([0.9]), np.array([3]))]
+    with pytest.raises(MeasurementError, match="not finite"):
+        merged(found, [Tile(0, 0, 50, 50)], ImageRecord(1, 50, 50), overlap=0, iou_threshold=0.5, max_detections=9)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +159,6 @@ def test_detections_that_do_not_fit_the_tiles_are_an_error():
     with pytest.raises(MeasurementError, match="reaches beyond the image"):
         merged([none], [Tile(15, 0, 9, 9)], image, **arguments)
     with pytest.raises(MeasurementError, match="does not fit"):
-        tile_pixels(np.zeros((20, 20)), [Tile(15, 0, 9, 9)], size=9)
-    with pytest.raises(MeasurementError, match="at least one tile"):
-        list(tile_batches([Tile(0, 0, 9, 9)], 0))
+        tile_pixels(np.zeros((20, 20)), Tile(15, 0, 9, 9))
+    with pytest.raises(MeasurementError, match="does not fit"):
+        tile_pixels(np.zeros((20, 20)), Tile(-3, 0, 9, 9))

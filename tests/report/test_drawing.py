@@ -90,6 +90,28 @@ def test_where_both_agree_both_are_seen(tmp_path):
     assert count(pixels, CANDIDATE_COLOUR) > 300
 
 
+def test_a_detection_without_a_counterpart_is_hatched(tmp_path):
+    plain, hatched = tmp_path / "plain.png", tmp_path / "hatched.png"
+    candidate = detections((10, 10, 70, 50))
+    draw_detections(plain, GREY, reference=detections(), candidate=candidate)
+    draw_detections(hatched, GREY, reference=detections(), candidate=candidate, candidate_alone=(0,))
+    inside = (slice(150, 400), slice(150, 500))
+    changed = (pixels_of(plain)[inside] != pixels_of(hatched)[:, : pixels_of(plain).shape[1]][inside]).any(-1)
+    assert 0.05 < changed.mean() < 0.6
+
+
+def test_labels_of_boxes_on_one_spot_do_not_hide_each_other(tmp_path):
+    one, three = tmp_path / "one.png", tmp_path / "three.png"
+    box = (20.0, 40.0, 50.0, 55.0)
+    draw_detections(one, GREY, reference=detections(box), candidate=detections())
+    alike = [box, (20.0, 40.0, 50.5, 55.0), (20.0, 40.0, 50.0, 55.5)]
+    draw_detections(three, GREY, reference=detections(*alike), candidate=detections())
+    # Above the box: only labels are there.
+    above = slice(36, 36 + 39 * 8)
+    lines = {path: (pixels_of(path)[above] == [0, 114, 178]).all(-1).any(1).sum() for path in (one, three)}
+    assert lines[three] > 2 * lines[one] >= 0
+
+
 def test_detections_below_the_least_score_are_not_drawn(tmp_path):
     path = tmp_path / "boxes.png"
     weak = detections((5, 5, 30, 40), score=0.1)

@@ -208,12 +208,22 @@ def test_the_likely_cause_is_no_note_on_how_the_engine_was_made():
     made = LoweringRecord(
         precision="fp16", tool="t", tool_version="1", opset=17, layers=(), notes=("opset raised from 17 to 19",)
     )
-    notes = ("opset raised from 17 to 19", "the engine's values are 2 times the reference's", "built 2 times: alike")
+    notes = ("opset raised from 17 to 19", "logits: the values are 2 times the reference's", "built 2 times: alike")
     lines = block(runs.run_of(runs.engine("ort", runs.finding(), notes=notes, lowering=made)))
-    assert lines[1] == "likely cause: the engine's values are 2 times the reference's"
+    assert lines[1] == "likely cause: logits: the values are 2 times the reference's"
     assert "opset raised from 17 to 19" in lines
     assert "built 2 times: alike" in lines
     assert not any("likely" in line for line in block(runs.run_of(runs.engine("ort", runs.finding(), lowering=made))))
+
+
+def test_a_note_that_names_no_cause_is_told_as_it_is():
+    hint = "likely cause: mean_ap is 0.012; it would be 0.780 if x and y are swapped"
+    remark = "boxes differ most in 7.png: 2 of the reference's boxes not found"
+    low = runs.finding("task.mean_ap_drop", 0.7, 0.01)
+    lines = block(runs.run_of(runs.engine("ort", low, notes=(remark, hint))))
+    assert lines[1] == hint
+    assert remark in lines
+    assert not any("likely" in line for line in block(runs.run_of(runs.engine("ort", low, notes=(remark,)))))
 
 
 def test_what_is_verbose_already_does_not_propose_it():
