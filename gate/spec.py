@@ -965,6 +965,8 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
     if engine.nms is not None:
         if spec.postprocess is None:
             yield ("nms",), "nms needs [postprocess], which says what the outputs mean"
+        elif spec.postprocess.head == "function":
+            yield ("nms",), 'nms needs a head of [postprocess] that is known; "function" is the project\'s own'
         if engine.onnx is not None or engine.plan is not None:
             yield ("nms",), "nms changes the graph that is made here, and the engine has its own onnx or plan"
         if engine.backend in ("torch", "tensorrt_rtx"):

@@ -240,7 +240,7 @@ def test_a_plan_that_exists_has_no_build_test():
 
 
 def test_limits_of_a_task_are_tests_by_the_names_of_their_findings():
-    file = read_spec(ROOT / "examples/digit-detector/gate.toml")
+    file = read_spec(EXAMPLE.parents[1] / "digit-detector" / "gate.toml")
     names = {each.name: check_names(each, file) for each in file.spec.engines}
     assert "task.mean_ap_drop" in names["ort-fp32"]
     assert {"task.mean_ap", "task.mean_ap_drop"} <= set(names["ort-int8"])

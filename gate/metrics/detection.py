@@ -745,10 +745,10 @@ def _with_labels(found: Detections, places: Mapping[int, int]) -> Detections:
 
 def _make(options: Mapping[str, Any], categories: Categories | None, *, iou_type: IouType) -> DetectionMetric:
     if unknown := sorted(set(options) - {"max_detections"}):
-        raise SpecError(f"[task] has no option {unknown[0]!r}", hint="There is max_detections.")
+        raise SpecError(f"[task.options] has no option {unknown[0]!r}", hint="There is max_detections.")
     most = options.get("max_detections", DEFAULT_MAX_DETECTIONS[iou_type])
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise SpecError(f"[task] max_detections must be a whole number above 0, got {most!r}")
+        raise SpecError(f"[task.options] max_detections must be a whole number above 0, got {most!r}")
     if categories is None or not categories.names:
         raise SpecError(
             "[task] needs categories, and the data source names none",
@@ -801,8 +801,7 @@ def _kind(name: str, iou_type: IouType) -> MetricKind:
     )
 
 
-KINDS: tuple[MetricKind, ...] = (
-    _kind("detection", "bbox"),
-    _kind("instance_segmentation", "segm"),
-    _kind("keypoints", "keypoints"),
-)
+IOU_TYPES: Mapping[str, IouType] = {"detection": "bbox", "instance_segmentation": "segm", "keypoints": "keypoints"}
+"""What overlaps, by the name of the kind."""
+
+KINDS: tuple[MetricKind, ...] = tuple(_kind(name, iou_type) for name, iou_type in IOU_TYPES.items())

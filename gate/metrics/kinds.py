@@ -129,7 +129,7 @@ def require_options(kind: str, options: Mapping[str, Any], known: Sequence[str])
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             meant = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known) or 'none'}"
-            raise SpecError(f"the kind {kind!r} has no option {name!r}{meant}", where=f"[task] {name}")
+            raise SpecError(f"the kind {kind!r} has no option {name!r}{meant}", where=f"[task.options] {name}")
 
 
 def option_text(options: Mapping[str, Any], name: str) -> str | None:
@@ -140,7 +140,7 @@ def option_text(options: Mapping[str, Any], name: str) -> str | None:
     """
     value = options.get(name)
     if value is not None and (not isinstance(value, str) or not value):
-        raise SpecError(f"expected a name, got {value!r}", where=f"[task] {name}")
+        raise SpecError(f"expected a name, got {value!r}", where=f"[task.options] {name}")
     return value
 
 
@@ -152,7 +152,7 @@ def option_integer(options: Mapping[str, Any], name: str) -> int | None:
     """
     value = options.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise SpecError(f"expected a whole number, got {value!r}", where=f"[task] {name}")
+        raise SpecError(f"expected a whole number, got {value!r}", where=f"[task.options] {name}")
     return value
 
 
@@ -173,10 +173,10 @@ def output_of(predictions: Any, name: str | None, *, who: str) -> Array:
     if name is None and len(predictions) > 1:
         raise MeasurementError(
             f"the {who} has {len(predictions)} outputs ({had}), and none is named to be scored",
-            hint='Name it in the spec: [task] output = "...".',
+            hint='Name it in the spec: [task.options] output = "...".',
         )
     if name is not None and name not in predictions:
-        raise MeasurementError(f"the {who} has no output {name!r}; it has {had}", where="[task] output")
+        raise MeasurementError(f"the {who} has no output {name!r}; it has {had}", where="[task.options] output")
     array: Array = np.asarray(next(iter(predictions.values())) if name is None else predictions[name])
     if array.ndim == 0:
         raise MeasurementError(f"the {who}'s output is a scalar, expected one entry for each sample [n, ...]")

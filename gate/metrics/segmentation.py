@@ -177,7 +177,7 @@ class SegmentationMetric:
             if known is None:
                 raise MeasurementError(
                     "class maps do not say how many classes there are",
-                    hint="Say it in the spec: [task] classes = 21, or their names.",
+                    hint="Say it in the spec: [task.options] classes = 21, or their names.",
                 )
             return known
         raise MeasurementError(
@@ -209,7 +209,7 @@ class SegmentationMetric:
             raise DataError(
                 f"the label map of sample {sample} has label {worst}, in {np.count_nonzero(wrong)} pixels; there are "
                 f"{classes} classes, 0 to {classes - 1}",
-                hint="If these pixels are to count nowhere: [task] ignore_label = 255."
+                hint="If these pixels are to count nowhere: [task.options] ignore_label = 255."
                 if worst == _USUAL_IGNORED and self._ignore_label is None
                 else "Do the labels count from 1, or is this another label set?",
             )
@@ -233,7 +233,7 @@ def _made(options: Mapping[str, Any], categories: Categories | None) -> Segmenta
     given = options.get("classes")
     if isinstance(given, Sequence) and not isinstance(given, str):
         if not all(isinstance(each, str) and each for each in given) or len(set(given)) != len(given):
-            raise SpecError(f"expected names that differ, got {list(given)}", where="[task] classes")
+            raise SpecError(f"expected names that differ, got {list(given)}", where="[task.options] classes")
         names, classes = tuple(given), len(given)
     elif given is not None:
         classes = option_integer(options, "classes")
@@ -242,7 +242,7 @@ def _made(options: Mapping[str, Any], categories: Categories | None) -> Segmenta
         if len(set(names)) != classes:
             names = None
     if classes is not None and classes < 2:
-        raise SpecError(f"expected two classes or more, got {classes}", where="[task] classes")
+        raise SpecError(f"expected two classes or more, got {classes}", where="[task.options] classes")
     return SegmentationMetric(
         output=option_text(options, "output"),
         ignore_label=option_integer(options, "ignore_label"),

@@ -162,7 +162,7 @@ class TokenMetric:
             raise DataError(
                 f"the target of sample {sample} has token {int(tokens[wrong[0]])} at position {int(wrong[0])}; "
                 f"the vocabulary is 0 to {vocabulary - 1}, and {self._ignore_label} marks what does not count",
-                hint="Say which label marks padding: [task] ignore_label = ...",
+                hint="Say which label marks padding: [task.options] ignore_label = ...",
             )
         return tokens
 

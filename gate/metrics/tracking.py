@@ -235,7 +235,7 @@ def _made(options: Mapping[str, Any], categories: Categories | None) -> Tracking
     require_options(NAME, options, _OPTIONS)
     given = options.get("iou_threshold", DEFAULT_IOU_THRESHOLD)
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0.0 < given <= 1.0:
-        raise SpecError(f"expected a fraction above 0, at most 1, got {given!r}", where="[task] iou_threshold")
+        raise SpecError(f"expected a fraction above 0, at most 1, got {given!r}", where="[task.options] iou_threshold")
     return TrackingMetric(iou_threshold=float(given))
 
 

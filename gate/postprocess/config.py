@@ -17,7 +17,7 @@ from gate.errors import SpecError
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
 Coordinates = Literal["pixels", "normalized"]
 Activation = Literal["none", "sigmoid", "softmax"]
-Head = Literal["yolo_grid", "yolo", "detr", "boxes"]
+Head = Literal["yolo_grid", "yolo", "detr", "boxes", "function"]
 _Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -37,6 +37,8 @@ class Postprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         head: `yolo_grid`: maps [n, A*(5+C), H, W] or [n, A, H, W, 5+C] with anchors, decoded as YOLOv5 does;
             `yolo`: one output [n, 4+C, N], boxes decoded, as YOLOv8 has it; `detr`: `logits` [n, Q, C] and `boxes`
             [n, Q, 4]; `boxes`: `boxes` [n, N, 4] with `scores` [n, N, C], or with `scores` [n, N] and `labels` [n, N].
+        function: For the head `function`: `module:function` of the project, called as `function(outputs, images, state)`; it
+            gives a `gate.Detections` for each image, with masks or keypoints, or a `gate.TrackedFrame`.
         outputs: Names of the maps in the order of `strides`, or the name of the one output of `yolo`.
         boxes, scores, labels, logits: Names of the outputs of the other heads.
         category_ids: The category id of each class, in the order of the classes, background left out.
@@ -57,7 +59,8 @@ class Postprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """
 
     head: Head
-    category_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    category_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    function: str | None = None
     outputs: tuple[str, ...] = ()
     boxes: str | None = None
     scores: str | None = None
@@ -130,6 +133,15 @@ class Problem:
 
 def problems(config: Postprocess) -> Iterator[Problem]:
     """Everything in which the table contradicts itself or leaves something to be guessed."""
+    if config.head == "function":
+        if config.function is None:
+            yield Problem("function", 'must name what head = "function" calls, as "module:function"')
+        for key in ("category_ids", "outputs", "boxes", "scores", "labels", "logits", "anchors", "strides"):
+            if getattr(config, key):
+                yield Problem(key, 'is not for head = "function", which does all of it')
+        return
+    if config.function is not None:
+        yield Problem("function", f'is for head = "function", not "{config.head}"')
     if not config.category_ids:
         yield Problem("category_ids", "needs the category id of each class, in the order of the classes")
     elif len(set(config.category_ids)) != len(config.category_ids):

@@ -36,6 +36,8 @@ _LEAST_WIDTH_PX = 560
 _HEAD_PX, _FOOT_PX, _MARGIN_PX = 36, 44, 12
 _LABEL_PX = 15
 _LEGEND_LETTER_PX, _LEGEND_HANDLE_PX = 8, 70
+_MOST_HATCHED = 8
+"""With more boxes that have no counterpart hatching would hide the image."""
 _MOST_STACKED = 5
 """Labels of boxes on one spot, one above the other; those of more are left out."""
 _NUMBERED_CLASSES = 24
@@ -66,7 +68,8 @@ def draw_detections(
         target: The ground truth, where there is one; crowds are left out.
         names: Of the categories by id; where left out, or without an id, the id is written.
         least_score: Detections below it are not drawn; the picture says how many those are.
-        reference_alone: Which of the reference's detections have no counterpart, by their places: these are hatched.
+        reference_alone: Which of the reference's detections have no counterpart, by their places: these are hatched,
+            unless there are many.
         candidate_alone: Which of the candidate's, likewise.
 
     Raises:
@@ -116,7 +119,7 @@ def draw_detections(
         for index in drawn[::-1]:  # the best last, on top
             box = tuple(found.boxes[index].tolist())
             _draw_box(axes, box, colour, style, line_width=1.8)
-            if index in alone:
+            if index in alone and len(alone) <= _MOST_HATCHED:
                 _hatch_box(axes, box, colour)
         for index in sorted(drawn.tolist(), key=lambda index: (index not in alone, index)):
             box = tuple(found.boxes[index].tolist())
@@ -276,7 +279,7 @@ def _legend_text(who: str, found: Detections, alone: Collection[int], least_scor
     left_out = len(found.scores) - len(drawn)
     return (
         f"{who}: {len(drawn)}"
-        + (f", {lone} alone (hatched)" if lone else "")
+        + (f", {lone} alone{' (hatched)' if len(alone) <= _MOST_HATCHED else ''}" if lone else "")
         + (f", {left_out} below {least_score:g}" if left_out else "")
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gate.data.image_spec import Preprocess
-from gate.errors import BackendUnavailable, DataError, GateError
+from gate.errors import BackendUnavailable, DataError, GateError, MeasurementError
 from gate.metrics.coco import RECALL_THRESHOLDS, CocoStatistics
 from gate.metrics.detection import BoxAgreement, DrawnBox, WorstImage, box_overlaps
 from gate.metrics.segmentation import SegmentationStatistics
 from gate.report.drawing import draw_confusion, draw_detections, draw_precision_recall
 from gate.results import CheckRun, EngineResult
-from gate.steps.task import Answers, ComparedImage
+from gate.steps.answers import Answers, ComparedImage
 from gate.targets import Detections, ImageRecord
 from gate.tensors import Array
 from gate.verdict import Status
@@ -89,21 +90,18 @@ class Pictures:
     _kept: dict[str, _Kept] = field(default_factory=dict)
 
     def take(self, answers: Answers) -> None:
-        """Keep what pictures of an engine need; of several builds the first's.
-
-        Raises:
-            MeasurementError: There is nothing to find, so there is no curve.
-        """
+        """Keep what pictures of an engine need; of several builds the first's."""
         if answers.engine in self._kept:
             return
         ours, theirs = answers.candidate, answers.reference
         curves = confusion = None
         matched_by = ""
         if isinstance(ours, CocoStatistics) and isinstance(theirs, CocoStatistics):
-            curves = (
-                ours.precision_at_recall(iou_threshold=_CURVE_IOU),
-                theirs.precision_at_recall(iou_threshold=_CURVE_IOU),
-            )
+            with suppress(MeasurementError):  # nothing to find: no curve, and that is the findings' to say
+                curves = (
+                    ours.precision_at_recall(iou_threshold=_CURVE_IOU),
+                    theirs.precision_at_recall(iou_threshold=_CURVE_IOU),
+                )
             matched_by = _MATCHED_BY[ours.iou_type]
         elif isinstance(ours, SegmentationStatistics) and isinstance(theirs, SegmentationStatistics):
             confusion = (ours.confusion, theirs.confusion, ours.classes)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -32,7 +32,7 @@ from gate.tensors import Array
 
 if TYPE_CHECKING:
     from gate.cache import Cache
-    from gate.steps.task import Answers
+    from gate.steps.answers import Answers
 
 
 class Observer(Protocol):
@@ -133,6 +133,7 @@ class Context:
         self.scale_notes: tuple[str, ...] = ()
         self.graph: Exported | None = None
         self._closing: list[Callable[[], None]] = []
+        self.decoder_state: dict[str, dict[Any, Any]] = {}
 
     @contextmanager
     def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> Iterator[None]:

@@ -11,12 +11,18 @@ import msgspec
 import numpy as np
 
 from gate.data.batches import Batch
-from gate.data.image_spec import Preprocess
-from gate.data.images import ImageSource
-from gate.data.samples import DigestedSource, categories_of
+from gate.data.images import ImageSource, Problems
+from gate.data.samples import ArraySource, DigestedSource, categories_of
 from gate.device import usable_cores
 from gate.errors import DataError, MeasurementError, RunError
-from gate.metrics.detection import BoxAgreement, BoxComparison, WorstImage, explain_low_map, second_sigmoid
+from gate.metrics.detection import (
+    IOU_TYPES,
+    BoxAgreement,
+    BoxComparison,
+    explain_low_map,
+    require_target,
+    second_sigmoid,
+)
 from gate.metrics.findings import (
     Asked,
     asked_limits,
@@ -31,16 +37,15 @@ from gate.postprocess.config import Postprocess
 from gate.postprocess.detections import detections_from_nms_outputs, detections_from_outputs, other_conventions
 from gate.results import TaskValues
 from gate.spec import EngineSpec
+from gate.steps.answers import SHOWN_IMAGES, Answers, ComparedImage
 from gate.steps.context import Context, data_where
+from gate.steps.own_decoder import decoded_by_function, require_function
 from gate.targets import Categories, Detections, ImageRecord, ImageTarget
 from gate.tensors import Array
 from gate.verdict import Evidence, Finding
 
 NMS_OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 """What `nms` adds to an engine's graph."""
-
-SHOWN_IMAGES = 3
-"""Of the images in which the boxes differ most, so many are kept for pictures."""
 
 _HINTED = 128
 """Of so many images the outputs are kept, to say what else they could mean where mean_ap is far too low."""
@@ -70,45 +75,6 @@ class TaskMeasured:
     statistics: SampleStatistics
 
 
-@dataclass(frozen=True)
-class ComparedImage:
-    """An image in which an engine's boxes differ from the reference's, as a picture of it needs it.
-
-    Args:
-        worst: What both found there.
-        target: Its ground truth.
-        path: Of its file; None where it came from none.
-        values: Where there is no file, the model's input, float [C, H, W] or [H, W, C].
-    """
-
-    worst: WorstImage
-    target: ImageTarget
-    path: str | None
-    values: Array | None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What pictures of an engine's task are drawn from; `CheckOptions.answered` is called with it.
-
-    Args:
-        engine: Its name.
-        candidate, reference: What engine and reference scored.
-        boxes: How the boxes differ; None for other tasks than detection.
-        images: Those in which they differ most, at most `SHOWN_IMAGES`.
-        categories: Their names, where there are any.
-        preprocess: How images became the model's input, where the spec says it.
-    """
-
-    engine: str
-    candidate: SampleStatistics
-    reference: SampleStatistics
-    boxes: BoxAgreement | None
-    images: tuple[ComparedImage, ...]
-    categories: Categories | None
-    preprocess: Preprocess | None
-
-
 def task_kind(run: Context) -> MetricKind | None:
     """The task's kind; None where there is no task, or it is classification.
 
@@ -134,12 +100,21 @@ def require_task(run: Context) -> None:
     kind = task_kind(run)
     if kind is None:
         return
-    if kind.predictions == "detections" and run.spec.postprocess is None:
+    config = run.spec.postprocess
+    if kind.predictions == "tracks" and (config is None or config.head != "function"):
+        raise DataError(
+            f'{kind.name} needs [postprocess] head = "function", which follows the objects',
+            where=run.file.location("task", "kind"),
+            hint="docs/tasks.md has an example.",
+        )
+    if kind.predictions == "detections" and config is None:
         raise DataError(
             f"{kind.name} needs [postprocess], which says how the outputs become detections",
             where=run.file.location("task", "kind"),
             hint="docs/tasks.md has one for each common head.",
         )
+    if config is not None and config.head == "function":
+        require_function(run)
     if not run.digest.targets and not run.digest.labels:
         raise DataError(
             f"[task] kind = {kind.name!r} needs ground truth, and the samples have none",
@@ -147,6 +122,31 @@ def require_task(run: Context) -> None:
             hint="Give targets: docs/tasks.md.",
         )
     empty_metric(run, kind)
+    _require_targets(run, kind)
+
+
+def _require_targets(run: Context, kind: MetricKind) -> None:
+    """Hold the annotations of samples that a function gave against each other; those of files were when they were read.
+
+    Raises:
+        DataError: One is missing or malformed, or an image comes twice; all that is wrong is listed.
+    """
+    source = run.source.source if isinstance(run.source, DigestedSource) else run.source
+    categories, iou_type = categories_of(run.source), IOU_TYPES.get(kind.name)
+    if not isinstance(source, ArraySource) or source.samples.targets is None or categories is None or iou_type is None:
+        return
+    problems = Problems()
+    seen: dict[int, int] = {}
+    for index, target in enumerate(source.samples.targets[: len(source)]):
+        try:
+            image = _image(target, index)
+            require_target(target, categories, iou_type=iou_type)
+        except DataError as err:
+            problems.add(f"{err.where}: {err.message}" if err.where else err.message)
+            continue
+        if (other := seen.setdefault(image.image_id, index)) != index:
+            problems.add(f"sample {index}: image id {image.image_id} is that of sample {other} too")
+    problems.require_none(data_where(run.spec.data, "source"), hint="Nothing was run. Repair the ground truth.")
 
 
 @dataclass(frozen=True)
@@ -436,8 +436,12 @@ def _predictions(
 ) -> Any:
     """What the kind's metric takes: the outputs, or detections made of them."""
     config = run.spec.postprocess
-    if kind.predictions != "detections" or config is None:
+    if kind.predictions == "outputs" or config is None:
         return outputs
+    if config.head == "function":
+        tracked = kind.predictions == "tracks"
+        given = targets if tracked else [_image(each, batch.first + row) for row, each in enumerate(targets)]
+        return decoded_by_function(outputs, given, run=run, kind=kind, who=who, first=batch.first)
     images = [_image(target, batch.first + row) for row, target in enumerate(targets)]
     try:
         return detections_of(outputs, images, config, run=run, batch=batch, nms=nms)
@@ -467,6 +471,9 @@ def detections_of(
     Raises:
         MeasurementError: As `detections_from_outputs`.
     """
+    if config.head == "function":
+        kind = kind_named("detection")
+        return decoded_by_function(outputs, images, run=run, kind=kind, who="tiles", first=batch.first)
     decode = detections_from_nms_outputs if nms is not None else detections_from_outputs
     return decode(outputs, images, config, input_size=_input_size(run, batch))
 

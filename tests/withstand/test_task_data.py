@@ -297,14 +297,14 @@ def test_ground_truth_in_another_order_than_the_images_fails(project: Project) -
     ("targets", "code", "words"),
     [
         ("targets = targets[:24]", 2, "48 samples but 24 targets"),
-        ("targets[3] = targets[2]", 1, "image id 102 is that of sample 2 too"),
-        ("targets[3] = None", 2, "target"),
+        ("targets[3] = targets[2]", 2, "sample 3: image id 102 is that of sample 2 too"),
+        ("targets[3] = None", 2, "the target of sample 3 is a NoneType; detections need a gate.ImageTarget"),
         ("targets = None", 2, "needs ground truth, and the samples have none"),
         ("targets = [ImageTarget(each.image) for each in targets]", 1, "there is nothing to find in 48 images"),
-        ("targets[5].annotations[0]['bbox'] = [0, 0, float('nan'), 4]", 1, "not finite"),
-        ("targets[5].annotations[0]['bbox'] = [0, 0, 900, 4]", 1, "leaves the image of"),
-        ("targets[5].annotations[0]['category_id'] = 8", 1, "has category 8; there are 1, 2, 3, 4"),
-        ("targets[5].annotations[0].pop('area')", 1, "has no 'area'"),
+        ("targets[5].annotations[0]['bbox'] = [0, 0, float('nan'), 4]", 2, "its box or area is not finite"),
+        ("targets[5].annotations[0]['bbox'] = [0, 0, 900, 4]", 2, "leaves the image of"),
+        ("targets[5].annotations[0]['category_id'] = 8", 2, "has category 8; there are 1, 2, 3, 4"),
+        ("targets[5].annotations[0].pop('area')", 2, "has no 'area'"),
     ],
 )
 def test_targets_of_a_function_that_are_malformed_are_refused(
