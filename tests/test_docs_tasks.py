@@ -17,7 +17,6 @@ from gate.data.image_spec import ImagesSpec, Preprocess
 from gate.data.samples import digest_of, open_source
 from gate.errors import SpecError
 from gate.metrics.findings import asked_limits
-from gate.metrics.interface import MetricKind
 from gate.metrics.kinds import kind_named, names
 from gate.postprocess.config import Postprocess, Tiling
 from gate.spec import InputSpec, spec_from_text
@@ -278,24 +277,26 @@ def test_the_metric_of_ones_own_decides_a_check(depth, monkeypatch, capsys):
     assert "depth: delta1: Pixels within the factor" in capsys.readouterr().out
 
 
-def test_a_kind_that_decodes_keypoints_itself_hands_them_on():
-    scope = {"__name__": "poses"}
+def test_the_function_that_decodes_keypoints_gives_what_the_metric_takes():
+    scope = {}
     exec(blocks("python", section("Masks, keypoints, tracks decoded by yourself"))[0], scope)
-    kind = scope["KIND"]
-    assert isinstance(kind, MetricKind)
-    image = ImageRecord(1, width=200, height=100, scale_x=0.5, scale_y=0.5, left=0.0, top=25.0)
-    points = np.stack([np.linspace(20.0, 60.0, 17), np.linspace(10.0, 90.0, 17)], axis=1)
-    flat = np.column_stack([points, np.full(17, 2.0)]).ravel().tolist()
-    person = {"id": 1, "category_id": 1, "bbox": [20, 10, 40, 80], "area": 3200, "iscrowd": 0, "keypoints": flat}
-    person["num_keypoints"] = 17
-    in_input = points * 0.5 + [0.0, 25.0]
+    image = ImageRecord(image_id=1, width=200, height=100, scale_x=0.5, scale_y=0.5, top=14.0)
+    points = np.zeros((1, 3, 17, 3), np.float32)
+    points[..., 0], points[..., 1], points[..., 2] = 20.0, 30.0, 1.0
     outputs = {
-        "boxes": np.array([[[10.0, 30.0, 30.0, 70.0], [0.0, 0.0, 1.0, 1.0]]]),
-        "scores": np.array([[0.9, 0.01]]),
-        "keypoints": np.stack([np.column_stack([in_input, np.ones(17)]), np.zeros((17, 3))])[None],
+        "scores": np.array([[0.9, 0.01, 0.5]], np.float32),
+        "boxes": np.tile(np.array([10, 24, 60, 44], np.float32), (1, 3, 1)),
+        "keypoints": points,
     }
-    metric = kind.make({}, Categories({1: "person"}))
-    metric.add(outputs, reference=outputs, targets=[ImageTarget(image, (person,))], first_sample=0)
+    (found,) = scope["decode"](outputs, [image], {})
+    assert found.scores.tolist() == pytest.approx([0.9, 0.5])
+    assert found.boxes[0].tolist() == [20.0, 20.0, 120.0, 60.0]
+    assert found.keypoints[0, 0].tolist() == [40.0, 32.0, 1.0]
+    metric = kind_named("keypoints").make({}, Categories({1: "person"}))
+    flat = [each for _ in range(17) for each in (40.0, 32.0, 2)]
+    annotation = {"id": 1, "category_id": 1, "bbox": [20, 20, 100, 40], "area": 4000.0, "iscrowd": 0, "keypoints": flat}
+    target = ImageTarget(image, ({**annotation, "num_keypoints": 17},))
+    metric.add([found], reference=[found], targets=[target], first_sample=0)
     assert metric.statistics().values()["mean_ap"] == pytest.approx(1.0)
 
 
