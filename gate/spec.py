@@ -766,8 +766,9 @@ def line_of(text: str, key: KeyPath) -> int:
 
 def _contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
     """What is well-formed but cannot be meant: the key, and what is wrong with it."""
-    for key, value in _numbers((), msgspec.to_builtins(spec)):
+    for found, value in _numbers((), msgspec.to_builtins(spec)):
         if not math.isfinite(value):
+            key = tuple("task" if each == "task_limits" else each for each in found)
             yield key, f"[{'.'.join(str(each) for each in key[:-1])}] {key[-1]} = {value}: expected a finite number"
     yield from _model_contradictions(spec)
     yield from _input_contradictions(spec)

@@ -64,7 +64,16 @@ SPEC_PATH = "policy/gate.toml"
 CALIBRATION_PATH = "artifacts/calibration.cache"
 ENGINE_PATHS = ("artifacts/model.onnx", "artifacts/model.plan", "artifacts/model.pt2")
 MAX_FILES = 1000
-_READ = (METADATA_PATH, METRICS_PATH, SCORES_PATH, ENVIRONMENT_PATH, LATENCY_PATH, BASELINE_PATH, SPEC_PATH, CALIBRATION_PATH)
+_READ = (
+    METADATA_PATH,
+    METRICS_PATH,
+    SCORES_PATH,
+    ENVIRONMENT_PATH,
+    LATENCY_PATH,
+    BASELINE_PATH,
+    SPEC_PATH,
+    CALIBRATION_PATH,
+)
 _MAX_LATENCY_BYTES = 512 * 1024 * 1024
 
 
@@ -517,7 +526,9 @@ class _Verification:
             raise VerificationError(f"holds {found.samples} samples, the metadata says {said.samples}", where=where)
         for name, value in said.values.items():
             # What was found over tiles has no statistics of its own in the bundle.
-            if not name.startswith(TILED) and not math.isclose(again.get(name, math.nan), value, rel_tol=1e-9, abs_tol=1e-12):
+            if not name.startswith(TILED) and not math.isclose(
+                again.get(name, math.nan), value, rel_tol=1e-9, abs_tol=1e-12
+            ):
                 raise VerificationError(
                     f"gives {name} = {again.get(name, math.nan):.6g}, the metadata says {value:.6g}", where=where
                 )

@@ -223,7 +223,9 @@ def _made(options: Mapping[str, Any], categories: Categories | None) -> Embeddin
         or isinstance(given, str)
         or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in given)
     ):
-        raise SpecError(f"expected whole numbers from 1, such as [1, 5, 10], got {given!r}", where="[task.options] recall_at")
+        raise SpecError(
+            f"expected whole numbers from 1, such as [1, 5, 10], got {given!r}", where="[task.options] recall_at"
+        )
     return EmbeddingMetric(output=option_text(options, "output"), recall_at=tuple(sorted({*_ALWAYS, *given})))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from gate.errors import MeasurementError, SpecError
 from gate.metrics.interface import MetricKind, MetricValue, SampleStatistics
-from gate.metrics.resampling import Resampled, resampled, seed_from, values_of
+from gate.metrics.resampling import Over, Resampled, in_turn, resampled, seed_from, values_of
 from gate.results import TaskValues
 from gate.spec import EngineSpec, SpecFile
 from gate.tensors import Array
@@ -161,7 +161,7 @@ def task_findings(
     evidence: Evidence,
     seed: int,
     resamples: int,
-    workers: int = 1,
+    over: Over = in_turn,
 ) -> tuple[Finding, ...]:
     """One finding for each limit.
 
@@ -173,7 +173,7 @@ def task_findings(
         evidence: Of the run.
         seed: Of the resamples.
         resamples: How many.
-        workers: Threads.
+        over: As of `resampled`.
 
     Raises:
         MeasurementError: They are of another number of samples, or a value is not measured.
@@ -182,7 +182,7 @@ def task_findings(
         return ()
     names = tuple(dict.fromkeys(each.value for each in asked))
     ours, theirs = values_of(candidate, names), values_of(reference, names)
-    drawn = resampled(candidate, reference, names, seed=seed, resamples=resamples, workers=workers)
+    drawn = resampled(candidate, reference, names, seed=seed, resamples=resamples, over=over)
     return tuple(
         _finding(
             each,

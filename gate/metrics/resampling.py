@@ -7,10 +7,7 @@ Source: B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,9 +20,8 @@ from gate.verdict import Interval
 
 Floats = npt.NDArray[np.float64]
 
-_TRIED = 20
-_WORTH_S = 8.0
-"""Starting processes takes about two seconds; less than some seconds of work is not worth it."""
+Row = list[list[float]]
+Over = Callable[[Callable[[int], Row], Sequence[int]], list[Row]]
 
 TAIL = 0.05
 """One-sided: 5 % of the resamples lie outside on each side."""
@@ -84,6 +80,11 @@ class Resampled:
         return Interval(float(lower), float(upper))
 
 
+def in_turn(score: Callable[[int], Row], indices: Sequence[int]) -> list[Row]:
+    """One after another, here."""
+    return [score(index) for index in indices]
+
+
 def seed_from(*digests: str) -> int:
     """A seed that depends on what was measured, so that the same run draws the same resamples, and nobody chooses them."""
     return int.from_bytes(hashlib.sha256("\n".join(digests).encode()).digest()[:8], "big")
@@ -96,7 +97,7 @@ def resampled(
     *,
     seed: int,
     resamples: int,
-    workers: int = 1,
+    over: Over = in_turn,
 ) -> Resampled:
     """Both models scored on the same resamples.
 
@@ -105,7 +106,7 @@ def resampled(
         names: Values to score.
         seed: As `seed_from` gives it.
         resamples: How many.
-        workers: Processes; they are started only where the first resamples show that it would take seconds.
+        over: Calls a function with each of some numbers and gives the results in their order: elsewhere, perhaps.
 
     Raises:
         MeasurementError: They are of another number of samples, or there are none.
@@ -117,17 +118,8 @@ def resampled(
         raise MeasurementError("no sample was scored")
     if not names:
         raise MeasurementError("no value was asked for")
-    count = resamples if n > 1 else 1
-    score = _Scorer(candidate, reference, tuple(names), n, seed)
-    began = time.perf_counter()
-    found = [score(index) for index in range(min(_TRIED, count))]
-    left = range(len(found), count)
-    seconds = (time.perf_counter() - began) / len(found) * len(left)
-    if workers > 1 and seconds > _WORTH_S:
-        found.extend(_in_processes(score, left, workers))
-    else:
-        found.extend(map(score, left))
-    scores = np.array(found, dtype=np.float64)
+    scorer = _Scorer(candidate, reference, tuple(names), n, seed)
+    scores = np.array(over(scorer, range(resamples if n > 1 else 1)), dtype=np.float64)
     return Resampled(
         candidate={name: scores[:, 0, index] for index, name in enumerate(names)},
         reference={name: scores[:, 1, index] for index, name in enumerate(names)},
@@ -145,35 +137,11 @@ class _Scorer:
     samples: int
     seed: int
 
-    def __call__(self, index: int) -> list[list[float]]:
+    def __call__(self, index: int) -> Row:
         chances = np.full(self.samples, 1.0 / self.samples)
         weights = np.random.default_rng([self.seed, index]).multinomial(self.samples, chances).astype(np.int64)
         found = [values_of(each, self.names, weights) for each in (self.candidate, self.reference)]
         return [[values[name] for name in self.names] for values in found]
-
-
-def _in_processes(score: _Scorer, indices: range, workers: int) -> list[list[list[float]]]:
-    """The same in processes, whose NumPy does not wait for this one's lock; here where they cannot be had."""
-    parts = [indices[start::workers] for start in range(workers)]
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_keep, initargs=(score,)) as pool:
-            scored = dict(zip(parts, pool.map(_scored, parts), strict=True))
-    except Exception:  # noqa: BLE001 - a metric of one's own may not go to another process, or fail in it: then it fails here
-        return [score(index) for index in indices]
-    by_index = {index: each for part, found in scored.items() for index, each in zip(part, found, strict=True)}
-    return [by_index[index] for index in indices]
-
-
-_KEPT: list[_Scorer] = []
-
-
-def _keep(score: _Scorer) -> None:
-    _KEPT.append(score)
-
-
-def _scored(indices: range) -> list[list[list[float]]]:
-    return [_KEPT[-1](index) for index in indices]
 
 
 def values_of(

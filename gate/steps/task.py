@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -35,6 +36,7 @@ from gate.metrics.interface import MetricKind, SampleStatistics, TaskMetric
 from gate.metrics.kinds import kind_named
 from gate.postprocess.config import Postprocess
 from gate.postprocess.detections import detections_from_nms_outputs, detections_from_outputs, other_conventions
+from gate.processes import spread
 from gate.results import TaskValues
 from gate.spec import EngineSpec
 from gate.steps.answers import SHOWN_IMAGES, Answers, ComparedImage
@@ -310,7 +312,7 @@ class TaskRun:
                 candidate=engine_sha256, reference=self.run.recording.sha256, data=self.run.digest.data_sha256
             ),
             resamples=1000 if task is None else task.resamples,
-            workers=usable_cores(),
+            over=partial(spread, workers=usable_cores()),
         )
         agreement = None if self.boxes is None else self.boxes.result()
         if agreement is not None:

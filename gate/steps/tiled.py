@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from gate.metrics.findings import asked_limits, task_findings, with_seed, with_t
 from gate.metrics.interface import MetricKind, SampleStatistics
 from gate.postprocess.config import Postprocess, Tiling
 from gate.postprocess.tiling import Tile, merged, overlap_px, tile_pixels, tiles_of
+from gate.processes import spread
 from gate.reference import batch_size
 from gate.results import TaskValues
 from gate.spec import EngineSpec
@@ -82,7 +84,7 @@ def tiled_answers(
         evidence=evidence,
         seed=with_seed(candidate=engine_sha256, reference="whole images", data=run.digest.data_sha256),
         resamples=task.resamples,
-        workers=usable_cores(),
+        over=partial(spread, workers=usable_cores()),
     )
     return TiledMeasured(values, findings)
 

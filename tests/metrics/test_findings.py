@@ -99,9 +99,7 @@ def scored(score, error=0.5, n=50):
 
 
 def found(text, ours, theirs):
-    (finding,) = task_findings(
-        asked(text), ours, theirs, kind=KIND, evidence=Evidence.HOST, seed=3, resamples=200, workers=1
-    )
+    (finding,) = task_findings(asked(text), ours, theirs, kind=KIND, evidence=Evidence.HOST, seed=3, resamples=200)
     return finding
 
 

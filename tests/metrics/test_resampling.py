@@ -3,13 +3,14 @@
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
 
 from gate.errors import MeasurementError
-from gate.metrics import resampling
-from gate.metrics.resampling import Resampled, resampled, seed_from, values_of
+from gate.metrics.resampling import Resampled, in_turn, resampled, seed_from, values_of
+from gate.processes import spread
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def pair(n=60, seed=0):
     return Means(theirs + random.normal(0, 0.1, n)), Means(theirs)
 
 
-def drawn(candidate, reference, *, names=("mean", "rms"), seed=5, resamples=200, workers=1):
-    return resampled(candidate, reference, names, seed=seed, resamples=resamples, workers=workers)
+def drawn(candidate, reference, *, names=("mean", "rms"), seed=5, resamples=200, over=in_turn):
+    return resampled(candidate, reference, names, seed=seed, resamples=resamples, over=over)
 
 
 def assert_equal(one, other):
@@ -104,36 +105,32 @@ def test_more_resamples_begin_with_the_same_ones():
     np.testing.assert_array_equal(few.candidate["mean"], many.candidate["mean"][:50])
 
 
-def test_processes_give_what_one_process_gives(monkeypatch):
+PROCESSES = partial(spread, workers=2, worth_s=0.0)
+
+
+def test_processes_give_what_one_process_gives():
     candidate, reference = pair()
     alone = drawn(candidate, reference, resamples=101)
-    used = []
-    true = resampling._in_processes
-    monkeypatch.setattr(resampling, "_WORTH_S", 0.0)
-    monkeypatch.setattr(resampling, "_in_processes", lambda *given: used.append(given) or true(*given))
-    assert_equal(drawn(candidate, reference, resamples=101, workers=2), alone)
-    assert len(used) == 1
+    assert_equal(drawn(candidate, reference, resamples=101, over=PROCESSES), alone)
 
 
-def test_processes_do_the_work_where_it_is_worth_it(monkeypatch):
-    monkeypatch.setattr(resampling, "_WORTH_S", 0.0)
+def test_processes_do_the_work_where_it_is_worth_it():
     there = ByProcess(np.zeros(5))
-    scored_by = drawn(there, there, resamples=60, workers=2).candidate["mean"]
+    scored_by = drawn(there, there, resamples=60, over=PROCESSES).candidate["mean"]
     assert set(scored_by[:20]) == {os.getpid()}
     assert os.getpid() not in set(scored_by[20:])
 
 
-def test_what_cannot_go_to_another_process_is_scored_here(monkeypatch):
+def test_what_cannot_go_to_another_process_is_scored_here():
     candidate, reference = pair()
-    monkeypatch.setattr(resampling, "_WORTH_S", 0.0)
-    found = drawn(NotPicklable(candidate.each), NotPicklable(reference.each), resamples=40, workers=2)
+    found = drawn(NotPicklable(candidate.each), NotPicklable(reference.each), resamples=40, over=PROCESSES)
     assert_equal(found, drawn(candidate, reference, resamples=40))
 
 
-def test_little_work_starts_no_process(monkeypatch):
-    monkeypatch.setattr(resampling, "_in_processes", lambda *_: pytest.fail("processes were started"))
-    candidate, reference = pair()
-    assert drawn(candidate, reference, resamples=100, workers=8).candidate["mean"].shape == (100,)
+def test_little_work_starts_no_process():
+    there = ByProcess(np.zeros(5))
+    scored_by = drawn(there, there, resamples=100, over=partial(spread, workers=8)).candidate["mean"]
+    assert set(scored_by) == {os.getpid()}
 
 
 def test_a_resample_weighs_both_models_alike():
