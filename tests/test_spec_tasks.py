@@ -71,7 +71,12 @@ def line(text: str, needle: str) -> int:
 @pytest.mark.parametrize(
     ("old", "new", "message", "at"),
     [
-        ("mean_ap_drop_at_most = 0.002", 'mean_ap_drop_at_most = "a"', r"\[engine.task\] mean_ap_drop_at_most: expected float, got 'a'", "mean_ap_drop"),
+        (
+            "mean_ap_drop_at_most = 0.002",
+            'mean_ap_drop_at_most = "a"',
+            r"\[engine.task\] mean_ap_drop_at_most: expected float, got 'a'",
+            "mean_ap_drop",
+        ),
         ("[data]\nsamples = 8", '[data]\nsource = "a:b"\nsamples = 8', "exactly one of source and", "[data]"),
         ("[data.images]\nkind", "[data.calibration_images]\nkind", "neither source nor images", "[data]"),
         ("[preprocess]\nsize = [64, 64]\n", "", "needs \\[preprocess\\]", "[data.images]"),
