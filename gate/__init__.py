@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gate.data.coco_results import read_results
     from gate.data.image_sources import read_images
     from gate.data.image_spec import ImagesSpec
     from gate.data.samples import Samples
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         SpecError,
         VerificationError,
     )
+    from gate.metrics.coco_results import results_from_detections
     from gate.pipeline import CheckOptions, check, seal_passed
     from gate.results import CheckRun, EngineResult
     from gate.spec import GateSpec, SpecFile, read_spec
@@ -78,7 +80,9 @@ __all__ = [
     "VerificationError",
     "check",
     "read_images",
+    "read_results",
     "read_spec",
+    "results_from_detections",
     "seal_passed",
     "verify",
 ]
@@ -100,6 +104,8 @@ _ELSEWHERE = {
     "ImagesSpec": "gate.data.image_spec",
     "TrackedFrame": "gate.targets",
     "read_images": "gate.data.image_sources",
+    "read_results": "gate.data.coco_results",
+    "results_from_detections": "gate.metrics.coco_results",
     "Samples": "gate.data.samples",
     "SpecFile": "gate.spec",
     "Status": "gate.verdict",

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -121,10 +121,12 @@ class BaselineScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         kind: The task.
         samples: How many were scored; for tracking, sequences.
         values: Those that are defined, by name.
+        settings_sha256: Of what decides what the values say, as in gate.results.TaskValues.
         statistics: What each sample contributes, packed (`gate.metrics.findings.packed`).
     """
 
     kind: Annotated[str, msgspec.Meta(min_length=1)]
+    settings_sha256: Sha256
     samples: PositiveCount
     values: Annotated[dict[str, float], msgspec.Meta(min_length=1)]
     statistics: Annotated[str, msgspec.Meta(min_length=1)]
@@ -395,7 +397,13 @@ def _scores(result: EngineResult) -> dict[str, object] | None:
     defined = {
         name: value for name, value in scores.values.items() if not math.isnan(value) and not name.startswith(TILED)
     }
-    return {"kind": scores.kind, "samples": scores.samples, "values": defined, "statistics": scores.statistics}
+    return {
+        "kind": scores.kind,
+        "settings_sha256": scores.settings_sha256,
+        "samples": scores.samples,
+        "values": defined,
+        "statistics": scores.statistics,
+    }
 
 
 def _latency(run: CheckRun, result: EngineResult) -> Iterator[dict[str, object]]:
@@ -428,9 +436,17 @@ def digest_of(baseline: Baseline) -> str:
     Raises:
         BundleError: A number in it is not finite.
     """
-    raw = msgspec.to_builtins(baseline)
+    raw = _builtins(baseline)
     del raw["digest"]
     return sha256_hex(canonical_json(raw))
+
+
+def _builtins(baseline: Baseline) -> dict[str, Any]:
+    """As it is written. What came later than the first baselines is left out where there is none, so that theirs hold."""
+    raw: dict[str, Any] = msgspec.to_builtins(baseline)
+    if raw["scores"] is None:
+        del raw["scores"]
+    return raw
 
 
 def read_baseline(path: Path) -> Baseline:
@@ -482,7 +498,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
     Raises:
         GateError: The disk is full or may not be written to.
     """
-    atomic.write_bytes(path, pretty_json(msgspec.to_builtins(baseline)))
+    atomic.write_bytes(path, pretty_json(_builtins(baseline)))
 
 
 def _contradictions(baseline: Baseline) -> Iterator[str]:
@@ -552,7 +568,7 @@ def _score_contradictions(scores: BaselineScores) -> Iterator[str]:
         found = kind_named(scores.kind).read(unpacked(scores.statistics))
         again = found.values()
     except GateError as err:
-        yield err.message
+        yield f"{err.message}. {err.hint}" if err.hint else err.message
         return
     if found.samples != scores.samples:
         yield f"has {scores.samples} samples, its statistics hold {found.samples}"
@@ -710,6 +726,10 @@ def _score_finding(
             raise BaselineError(f"{who} has no scores of a task to compare")
         if scores.kind != before.kind:
             raise BaselineError(f"the baseline is of {before.kind}, this run of {scores.kind}")
+        if scores.settings_sha256 != before.settings_sha256:
+            raise BaselineError(
+                "the baseline was scored by other [task] options, another [postprocess] or other categories than this run"
+            )
         kind = kind_named(scores.kind)
         ours, theirs = (kind.read(unpacked(each.statistics)) for each in (scores, before))
         if ours.samples != theirs.samples:
@@ -796,7 +816,7 @@ def baseline_bytes(result: EngineResult, *, run: CheckRun, root: Path) -> bytes:
             where=str(path),
             hint="The baseline was changed after the check; run the check again.",
         )
-    return pretty_json(msgspec.to_builtins(baseline))
+    return pretty_json(_builtins(baseline))
 
 
 def accept(run: CheckRun, *, engines: Sequence[str] = (), root: Path, who: str, when: str, why: str) -> AcceptResult:
@@ -891,6 +911,7 @@ def _rows(baseline: Baseline) -> Iterator[tuple[str, float | str | None]]:
         if baseline.task.top5 is not None:
             yield "task.top5_fraction", baseline.task.top5 / baseline.task.samples
     if baseline.scores is not None:
+        yield "scores.settings_sha256", baseline.scores.settings_sha256
         for name, value in baseline.scores.values.items():
             yield f"scores.{name}", value
     if baseline.latency:

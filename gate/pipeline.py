@@ -265,10 +265,10 @@ def _require_reference_is_right(run: Context) -> None:
     if stated is None:
         return
     where = run.file.location("model", "metrics")
-    expected = stated_metrics(stated, run.file.folder, where=where)
+    kind = task_kind(run)
+    expected = stated_metrics(stated, run.file.folder, where=where, fractions=kind is None)
     if run.spec.task is None:
         return
-    kind = task_kind(run)
     if kind is not None:
         _require_values(expected, run, kind, where=where)
         return

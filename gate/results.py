@@ -93,6 +93,8 @@ class TaskValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         reference: The reference's.
         statistics: What each sample contributes to the engine's values, packed: a baseline is compared sample by sample.
         boxes: How the engine's boxes differ from the reference's, by name; empty for other tasks.
+        settings_sha256: Of what decides, beside the samples and the answers, what the values say: options of `[task]`,
+            `[postprocess]`, categories. Empty where it is not known.
     """
 
     kind: str
@@ -101,6 +103,7 @@ class TaskValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     reference: dict[str, float]
     statistics: str = ""
     boxes: dict[str, float] = {}
+    settings_sha256: str = ""
 
 
 class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -769,7 +769,8 @@ def _contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
     for found, value in _numbers((), msgspec.to_builtins(spec)):
         if not math.isfinite(value):
             key = tuple("task" if each == "task_limits" else each for each in found)
-            yield key, f"[{'.'.join(str(each) for each in key[:-1])}] {key[-1]} = {value}: expected a finite number"
+            table = ".".join(each for each in key[:-1] if isinstance(each, str))
+            yield key, f"[{table}] {key[-1]} = {value}: expected a finite number"
     yield from _model_contradictions(spec)
     yield from _input_contradictions(spec)
     if not spec.engines:

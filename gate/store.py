@@ -521,7 +521,7 @@ class _Verification:
             found = kind_named(said.kind).read(unpacked(str(content.get("statistics"))))
             again = found.values()
         except GateError as err:
-            raise VerificationError(err.message, where=where) from err
+            raise VerificationError(err.message, where=where, hint=err.hint) from err
         if found.samples != said.samples:
             raise VerificationError(f"holds {found.samples} samples, the metadata says {said.samples}", where=where)
         for name, value in said.values.items():

@@ -198,6 +198,13 @@ def _shown(path: Path, baseline: Baseline) -> Iterator[str]:
         )
     if baseline.task is not None:
         yield f"  top-1 {100 * baseline.task.top1 / baseline.task.samples:.2f} % of {baseline.task.samples}"
+    if baseline.scores is not None:
+        from gate.metrics.kinds import kind_named
+
+        first = next(iter(kind_named(baseline.scores.kind).values))
+        value = baseline.scores.values.get(first)
+        scored = "is not defined" if value is None else number(value)
+        yield f"  {baseline.scores.kind}: {first} {scored}, {baseline.scores.samples} scored"
     if baseline.latency:
         latest = baseline.latency[-1]
         yield (

@@ -416,6 +416,10 @@ def _as_source(value: object, names: tuple[str, ...], where: str) -> SampleSourc
                 )
             if len(labels_array) != count:
                 raise DataError(f"has {count} samples but {len(labels_array)} labels", where=where)
+        if value.targets is not None and not (
+            hasattr(value.targets, "__len__") and hasattr(value.targets, "__getitem__")
+        ):
+            raise DataError(f"its targets are a {type(value.targets).__name__}, expected a list", where=where)
         if value.targets is not None and len(value.targets) != count:
             raise DataError(f"has {count} samples but {len(value.targets)} targets", where=where)
         return ArraySource(Samples(inputs, value.labels, value.targets, value.categories), count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,24 +394,29 @@ def reference_accuracy(batches: Iterable[tuple[Array | None, Array]]) -> dict[st
     }
 
 
-def stated_metrics(stated: Mapping[str, float] | str, folder: Path, *, where: str) -> dict[str, float]:
-    """What training reported: fractions by name, from the spec or from the JSON file that it names.
+def stated_metrics(
+    stated: Mapping[str, float] | str, folder: Path, *, where: str, fractions: bool = True
+) -> dict[str, float]:
+    """What training reported: numbers by name, from the spec or from the JSON file that it names.
 
     Args:
         stated: `{ top1 = 0.985 }`, or a file's path below `folder`.
         folder: The spec's.
         where: For errors.
+        fractions: Whether each is a fraction; an error in pixels is none.
 
     Raises:
-        SpecError: The file cannot be read, or a metric is not a fraction; or there is none.
+        SpecError: The file cannot be read, or a metric is not a finite number or not a fraction; or there is none.
     """
     raw: object = dict(stated) if isinstance(stated, Mapping) else _read_json(folder / stated, where)
     if not isinstance(raw, Mapping) or not raw:
         raise SpecError("[model] metrics names no metric, expected such as { top1 = 0.985 }", where=where)
     found: dict[str, float] = {}
     for name, value in raw.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-            raise SpecError(f"[model] metrics {name}: expected a fraction from 0 to 1, got {value!r}", where=where)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (0.0 <= value <= 1.0 if fractions else abs(value) <= sys.float_info.max):
+            expected = "a fraction from 0 to 1" if fractions else "a finite number"
+            raise SpecError(f"[model] metrics {name}: expected {expected}, got {value!r}", where=where)
         found[str(name)] = float(value)
     return found
 

@@ -10,15 +10,18 @@ import difflib
 import importlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from gate.errors import DataError, MeasurementError, SpecError
-from gate.metrics.interface import MetricKind, Weights
+from gate.errors import DataError, GateError, MeasurementError, SpecError
+from gate.metrics.interface import MetricKind, SampleStatistics, TaskMetric, Weights
+from gate.targets import Categories
 from gate.tensors import Array
 
 GROUP = "trt_gate.metrics"
@@ -78,6 +81,7 @@ def kind_named(name: str) -> MetricKind:
         + (f", did you mean {near[0]!r}?" if near else ".")
         + f" There is {', '.join(known)}",
         where=_KEY,
+        hint="If another package brings it, install that package here.",
     )
 
 
@@ -116,7 +120,108 @@ def _loaded(point: metadata.EntryPoint) -> MetricKind:
         raise SpecError(f"{stated} gives a MetricKind named {kind.name!r}; both names must be the same", where=_KEY)
     if not kind.values:
         raise SpecError(f"{stated} measures no value", where=_KEY)
-    return kind
+    if kind.predictions not in ("outputs", "detections", "tracks"):
+        raise SpecError(
+            f"{stated} takes {kind.predictions!r}, expected 'outputs', 'detections' or 'tracks'",
+            where=_KEY,
+        )
+    for precision, drop in kind.default_drop.items():
+        if not _is_drop(drop):
+            raise SpecError(
+                f"{stated} has default_drop {drop!r} for {precision}, expected a finite number from 0", where=_KEY
+            )
+    return _held_to_its_contract(kind, _origin(point))
+
+
+def _is_drop(value: object) -> bool:
+    """Whether it is a finite number from 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _held_to_its_contract(kind: MetricKind, package: str) -> MetricKind:
+    """The kind of another package: what goes wrong in it is an error that names the package."""
+    make, read = kind.make, kind.read
+
+    def made(options: Mapping[str, Any], categories: Categories | None) -> TaskMetric:
+        with _blamed_on(package, f"making an empty metric {kind.name!r}", SpecError):
+            return _Metric(make(options, categories), package)
+
+    def restored(arrays: Mapping[str, Array]) -> SampleStatistics:
+        with _blamed_on(package, "reading stored statistics"):
+            return _Statistics(read(arrays), package)
+
+    return replace(kind, make=made, read=restored)
+
+
+@contextmanager
+def _blamed_on(package: str, doing: str, error: type[GateError] = MeasurementError) -> Iterator[None]:
+    try:
+        yield
+    except GateError:
+        raise
+    except Exception as err:
+        raise error(f"{package} failed {doing}: {type(err).__name__}: {err}", hint="Repair that package.") from err
+
+
+@dataclass
+class _Metric:
+    """A metric of another package, as `TaskMetric`.
+
+    Args:
+        metric: It.
+        package: For errors.
+        added: How many samples it was given.
+    """
+
+    metric: TaskMetric
+    package: str
+    added: int = 0
+
+    def add(self, predictions: Any, *, reference: Any, targets: Sequence[Any], first_sample: int) -> None:
+        """As `TaskMetric.add`."""
+        with _blamed_on(self.package, f"at the batch from sample {first_sample}"):
+            self.metric.add(predictions, reference=reference, targets=targets, first_sample=first_sample)
+        self.added += len(targets)
+
+    def statistics(self) -> SampleStatistics:
+        """As `TaskMetric.statistics`."""
+        with _blamed_on(self.package, "at its statistics"):
+            found = _Statistics(self.metric.statistics(), self.package)
+            if not 0 < found.samples <= self.added:
+                raise MeasurementError(f"{self.package} scored {found.samples} samples, and was given {self.added}")
+            return found
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Statistics of another package, as `SampleStatistics`."""
+
+    statistics: SampleStatistics
+    package: str
+
+    @property
+    def samples(self) -> int:
+        """As `SampleStatistics.samples`."""
+        with _blamed_on(self.package, "at the number of samples"):
+            return int(self.statistics.samples)
+
+    def values(self, weights: Weights | None = None) -> dict[str, float]:
+        """As `SampleStatistics.values`."""
+        with _blamed_on(self.package, "at its values"):
+            found = self.statistics.values(weights)
+            for name, value in found.items():
+                if isinstance(value, (bool, str)) or np.ndim(value) != 0:
+                    raise MeasurementError(f"{self.package} gave {name} = {value!r}, expected a number")
+            return {str(name): float(value) for name, value in found.items()}
+
+    def to_arrays(self) -> dict[str, Array]:
+        """As `SampleStatistics.to_arrays`."""
+        with _blamed_on(self.package, "at storing its statistics"):
+            found = {str(name): np.asarray(each) for name, each in self.statistics.to_arrays().items()}
+            for name, each in found.items():
+                if each.dtype.kind not in "biuf":
+                    raise MeasurementError(f"{self.package} stores {name!r} as {each.dtype}, expected numbers")
+            return found
 
 
 def require_options(kind: str, options: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from gate.data.images import ImageSource, Problems
 from gate.data.samples import ArraySource, DigestedSource, categories_of
 from gate.device import usable_cores
 from gate.errors import DataError, MeasurementError, RunError
+from gate.manifest import sha256_hex
 from gate.metrics.detection import (
     IOU_TYPES,
     BoxAgreement,
@@ -293,7 +294,9 @@ class TaskRun:
             theirs: SampleStatistics = self.reference.statistics()
         with _said_of("the engine"):
             ours = self.candidate.statistics()
-        values = measured_values(ours, theirs, kind=self.kind)
+        values = msgspec.structs.replace(
+            measured_values(ours, theirs, kind=self.kind), settings_sha256=settings_sha256(self.run)
+        )
         if self.boxes is not None and values.reference[next(iter(self.kind.values))] < _POOR:
             sentence = self._explained(of_reference=True, expected=2 * _POOR)
             if sentence is not None:
@@ -399,6 +402,18 @@ def reference_values(run: Context, kind: MetricKind) -> dict[str, float]:
         found = _predictions(outputs, batch, targets, run=run, kind=kind, nms=None, who="the reference")
         metric.add(found, reference=found, targets=targets, first_sample=batch.first)
     return metric.statistics().values()
+
+
+def settings_sha256(run: Context) -> str:
+    """Of what decides, beside the samples and the answers, what the task's values say: two of one digest can be compared."""
+    spec, categories = run.spec, categories_of(run.source)
+    settings = {
+        "kind": None if spec.task is None else spec.task.kind,
+        "options": {} if spec.task is None else spec.task.options,
+        "postprocess": None if spec.postprocess is None else msgspec.to_builtins(spec.postprocess.resolved()),
+        "categories": None if categories is None else [list(each) for each in sorted(categories.names.items())],
+    }
+    return sha256_hex(msgspec.json.encode(settings, order="deterministic"))
 
 
 def targets_of(batch: Batch, run: Context) -> Sequence[Any]:
