@@ -259,6 +259,7 @@ def _run_engine(
             result,
             outputs=compared.outputs,
             task=compared.task,
+            warnings=(*result.warnings, *(() if compared.answers is None else compared.answers.warnings)),
             notes=(*result.notes, *compared.notes),
         )
         _metamorphic(run, engine, runner, evidence, findings)

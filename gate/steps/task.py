@@ -50,6 +50,9 @@ from gate.verdict import Evidence, Finding
 NMS_OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 """What `nms` adds to an engine's graph."""
 
+_OF_CATEGORY = ("ap_of.", "iou_of.")
+_NEVER_FOUND = 0.01
+_NAMED = 5
 _HINTED = 128
 """Of so many images the outputs are kept, to say what else they could mean where mean_ap is far too low."""
 
@@ -69,6 +72,7 @@ class TaskMeasured:
         notes: Likely causes, and what a reader should look at.
         boxes: How the boxes differ, with the worst images; None for other tasks.
         statistics: What the engine scored, sample by sample.
+        warnings: What a reader must see even where it passed.
     """
 
     values: TaskValues
@@ -76,6 +80,7 @@ class TaskMeasured:
     notes: tuple[str, ...]
     boxes: BoxAgreement | None
     statistics: SampleStatistics
+    warnings: tuple[str, ...] = ()
 
 
 def task_kind(run: Context) -> MetricKind | None:
@@ -333,7 +338,8 @@ class TaskRun:
                     preprocess=self.run.spec.preprocess,
                 )
             )
-        return TaskMeasured(values, findings, tuple(self._notes(values, agreement)), agreement, ours)
+        notes = tuple(self._notes(values, agreement))
+        return TaskMeasured(values, findings, notes, agreement, ours, _warnings(values))
 
     def _keep_shown(self, agreement: BoxAgreement, batch: Batch, targets: Sequence[ImageTarget]) -> None:
         """Keep what pictures need of the images that differ most so far, and let go of the others.
@@ -365,6 +371,21 @@ class TaskRun:
             named = worst.file_name or f"image {worst.image_id}"
             notes.append(f"boxes differ most in {named}: {worst.why}")
         return notes
+
+
+def _warnings(values: TaskValues) -> tuple[str, ...]:
+    """A category that the reference itself never finds cannot get worse, so it is not checked at all."""
+    missed = [
+        name for name, value in values.reference.items() if name.startswith(_OF_CATEGORY) and value < _NEVER_FOUND
+    ]
+    if not missed:
+        return ()
+    names = ", ".join(name.partition(".")[2] for name in missed[:_NAMED])
+    more = f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else ""
+    return (
+        f"the reference itself finds next to nothing of {names}{more}, of which there is ground truth: are the categories in the "
+        "model's order?",
+    )
 
 
 def task_run(run: Context, engine: EngineSpec) -> TaskRun | None:

@@ -279,3 +279,19 @@ def test_a_detector_is_held_against_its_baseline_image_by_image(project: Project
     assert outcome.code == 1, outcome.text
     assert "task.mean_ap_drop" not in outcome.failing
     assert outcome.failing["baseline.mean_ap_drop"]["status"] == "FAILED"
+
+
+def test_a_category_that_the_reference_never_finds_is_warned_of_even_where_it_passes(project: Project) -> None:
+    project.edit(("category_ids = [1, 2, 3, 4]", "category_ids = [2, 1, 3, 4]"))
+    outcome = project.check()
+    assert outcome.report is not None
+    (warning,) = outcome.report["engines"][0]["warnings"]
+    assert "the reference itself finds next to nothing of" in warning
+    assert "are the categories in the model's order?" in warning
+    assert "WARNING" in outcome.text
+
+
+def test_no_warning_where_every_category_is_found(project: Project) -> None:
+    outcome = project.check()
+    assert outcome.report is not None
+    assert outcome.report["engines"][0]["warnings"] == []
