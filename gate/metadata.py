@@ -6,7 +6,7 @@ The top-level `metadata_schema.json` is generated from the structs here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -372,6 +372,8 @@ def contradictions(metadata: Metadata, durations_ns: np.ndarray[Any, np.dtype[np
         yield "backend, backend_version or precision are not those of its build record"
     if metadata.lowering is not None and metadata.lowering.precision != metadata.precision:
         yield f"lowering.precision is {metadata.lowering.precision!r}, precision is {metadata.precision!r}"
+    if metadata.metrics.scores is not None:
+        yield from _score_contradictions(metadata.metrics.scores, findings)
     task = metadata.metrics.task
     if task is not None:
         for name, count, bits in (
@@ -388,6 +390,26 @@ def contradictions(metadata: Metadata, durations_ns: np.ndarray[Any, np.dtype[np
         yield from _latency_contradictions(metadata.latency, durations_ns)
     elif metadata.latency is not None or durations_ns is not None:
         yield "latency and its raw numbers do not come together"
+
+
+def _score_contradictions(scores: TaskValues, findings: Sequence[Finding]) -> Iterator[str]:
+    """Findings on a task whose numbers are not those of its scores."""
+    for each in findings:
+        group, _, name = each.check.partition(".")
+        if group != "task":
+            continue
+        value, _, form = name.rpartition("_")
+        ours, theirs = scores.values.get(value), scores.reference.get(value)
+        if name in scores.values:
+            expected = scores.values[name]
+        elif ours is None or theirs is None or form not in ("drop", "rise", "ratio"):
+            continue
+        elif form == "ratio":
+            expected = ours / theirs if theirs else math.nan
+        else:
+            expected = theirs - ours if form == "drop" else ours - theirs
+        if not math.isclose(each.estimate, expected, rel_tol=1e-9, abs_tol=1e-12):
+            yield f"{each.check} is {each.estimate:.6g}, its scores give {expected:.6g}"
 
 
 def _latency_contradictions(

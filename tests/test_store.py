@@ -20,7 +20,7 @@ from gate.metrics.findings import measured_values
 from gate.metrics.kinds import kind_named
 from gate.results import run_from_builtins
 from gate.store import MANIFEST_PATH, Step, engine_path_of, seal, verify
-from gate.verdict import Evidence, Verdict
+from gate.verdict import Evidence, Finding, Interval, Limit, Verdict
 
 DATA = Path(__file__).parent / "data"
 ENGINE = b"a compiled engine, as far as digests can tell\n" * 50
@@ -716,3 +716,45 @@ def test_scores_without_their_samples_are_refused(scored_bundle):
     reseal(scored_bundle)
     with pytest.raises(VerificationError, match="do not agree on the task's scores"):
         verify(scored_bundle)
+
+
+@pytest.mark.parametrize(
+    ("check", "estimate", "true"),
+    [
+        ("task.rmse", 0.5, True),
+        ("task.rmse", 0.1, False),
+        ("task.rmse_rise", 0.0, True),
+        ("task.rmse_rise", -0.3, False),
+        ("task.rmse_ratio", 1.0, True),
+        ("task.rmse_ratio", 0.9, False),
+        ("task.top1", 0.9, True),
+    ],
+)
+def test_a_finding_of_a_task_is_what_its_scores_give(made, tmp_path, check, estimate, true):
+    run, result, engine, extra = made
+    kind = kind_named("regression")
+    metric = kind.make({}, None)
+    values = np.arange(12.0).reshape(6, 2)
+    metric.add({"y": values + 0.5}, reference={"y": values}, targets=list(values), first_sample=0)
+    statistics = metric.statistics()
+    finding = Finding(
+        check=check,
+        estimate=estimate,
+        interval=Interval(estimate, estimate),
+        limit=Limit("at_most", 2.0),
+        n=6,
+        evidence=Evidence.HOST,
+    )
+    others = tuple(each for each in result.verdict.findings if each.check != check)
+    result = msgspec.structs.replace(
+        result,
+        scores=measured_values(statistics, statistics, kind=kind),
+        verdict=Verdict(findings=(*others, finding), required=result.verdict.required),
+    )
+    run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
+    arguments = {"run": run, "result": result, "engine_file": engine, "extra": extra, "out": tmp_path / "b"}
+    if true:
+        assert verify(seal(result.verdict.require_passed(), **arguments).folder).metadata.metrics.scores is not None
+        return
+    with pytest.raises((VerificationError, BundleError), match=f"{check} is {estimate:g}, its scores give"):
+        verify(seal(result.verdict.require_passed(), **arguments).folder)
