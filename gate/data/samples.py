@@ -289,9 +289,14 @@ class DigestedSource:
             )
 
 
+def undigested(source: SampleSource) -> SampleSource:
+    """The source itself, where it is held to its digest."""
+    return source.source if isinstance(source, DigestedSource) else source
+
+
 def categories_of(source: SampleSource) -> Categories | None:
     """The categories that a source names; None where it names none."""
-    inner = source.source if isinstance(source, DigestedSource) else source
+    inner = undigested(source)
     found = inner.samples.categories if isinstance(inner, ArraySource) else getattr(inner, "categories", None)
     return found if isinstance(found, Categories) else None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from gate.errors import MeasurementError, SpecError
 from gate.metrics.interface import MetricKind, MetricValue, SampleStatistics
-from gate.metrics.resampling import Over, Resampled, in_turn, resampled, seed_from, values_of
+from gate.metrics.resampling import Over, Resampled, in_turn, resampled, values_of
 from gate.results import TaskValues
 from gate.spec import EngineSpec, SpecFile
 from gate.tensors import Array
@@ -337,13 +337,3 @@ def unpacked(text: str) -> dict[str, Array]:
         return dict(load(raw))
     except (binascii.Error, zlib.error, SafetensorError, ValueError) as err:
         raise MeasurementError(f"the stored statistics cannot be read: {err}") from err
-
-
-def with_seed(*, candidate: str, reference: str, data: str) -> int:
-    """The seed of an engine's resamples, from the digests of engine, reference and data."""
-    return seed_from(candidate, reference, data)
-
-
-def without_statistics(values: TaskValues) -> TaskValues:
-    """The same without what only a baseline needs."""
-    return msgspec.structs.replace(values, statistics="")

@@ -23,6 +23,7 @@ from gate.data.samples import (
     digest_of,
     open_source,
     require_disjoint,
+    undigested,
 )
 from gate.errors import DataError, MeasurementError
 from gate.reference import ModelIdentity, Recording, ReferenceModel, batch_size, read_recording
@@ -200,7 +201,7 @@ class Context:
 
     def data_record(self) -> dict[str, object]:
         """How images became the model's input and outputs became detections, for the bundle."""
-        source = self.source.source if isinstance(self.source, DigestedSource) else self.source
+        source = undigested(self.source)
         found: dict[str, object] = {}
         if callable(described := getattr(source, "described", None)):
             found["images"] = described()

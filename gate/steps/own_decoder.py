@@ -19,9 +19,17 @@ def require_function(run: Context) -> Callable[..., object]:
     Raises:
         SpecError: There is no such function.
     """
+    name = _name(run)
+    return load_callable(name, run.file.folder, where=_where(name))
+
+
+def _name(run: Context) -> str:
     config = run.spec.postprocess
-    name = "" if config is None or config.function is None else config.function
-    return load_callable(name, run.file.folder, where=f"[postprocess] function = {name!r}")
+    return "" if config is None or config.function is None else config.function
+
+
+def _where(name: str) -> str:
+    return f"[postprocess] function = {name!r}"
 
 
 def decoded_by_function(
@@ -45,9 +53,7 @@ def decoded_by_function(
         SpecError: There is no such function.
         MeasurementError: It failed, or did not give one answer of the right kind for each sample.
     """
-    config = run.spec.postprocess
-    name = "" if config is None or config.function is None else config.function
-    where = f"[postprocess] function = {name!r}"
+    where = _where(_name(run))
     call = require_function(run)
     if first == 0:
         run.decoder_state[who] = {}

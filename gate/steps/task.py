@@ -13,7 +13,7 @@ import numpy as np
 
 from gate.data.batches import Batch
 from gate.data.images import ImageSource, Problems
-from gate.data.samples import ArraySource, DigestedSource, categories_of
+from gate.data.samples import ArraySource, categories_of, undigested
 from gate.device import usable_cores
 from gate.errors import DataError, MeasurementError, RunError
 from gate.manifest import sha256_hex
@@ -31,12 +31,17 @@ from gate.metrics.findings import (
     implausible_gain,
     measured_values,
     task_findings,
-    with_seed,
 )
 from gate.metrics.interface import MetricKind, SampleStatistics, TaskMetric
 from gate.metrics.kinds import kind_named
+from gate.metrics.resampling import seed_from
 from gate.postprocess.config import Postprocess
-from gate.postprocess.detections import detections_from_nms_outputs, detections_from_outputs, other_conventions
+from gate.postprocess.detections import (
+    NMS_OUTPUTS,
+    detections_from_nms_outputs,
+    detections_from_outputs,
+    other_conventions,
+)
 from gate.processes import spread
 from gate.results import TaskValues
 from gate.spec import EngineSpec
@@ -46,9 +51,6 @@ from gate.steps.own_decoder import decoded_by_function, require_function
 from gate.targets import Categories, Detections, ImageRecord, ImageTarget
 from gate.tensors import Array
 from gate.verdict import Evidence, Finding
-
-NMS_OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
-"""What `nms` adds to an engine's graph."""
 
 _OF_CATEGORY = ("ap_of.", "iou_of.")
 _NEVER_FOUND = 0.01
@@ -139,7 +141,7 @@ def _require_targets(run: Context, kind: MetricKind) -> None:
     Raises:
         DataError: One is missing or malformed, or an image comes twice; all that is wrong is listed.
     """
-    source = run.source.source if isinstance(run.source, DigestedSource) else run.source
+    source = undigested(run.source)
     categories, iou_type = categories_of(run.source), IOU_TYPES.get(kind.name)
     if not isinstance(source, ArraySource) or source.samples.targets is None or categories is None or iou_type is None:
         return
@@ -316,9 +318,7 @@ class TaskRun:
             theirs,
             kind=self.kind,
             evidence=evidence,
-            seed=with_seed(
-                candidate=engine_sha256, reference=self.run.recording.sha256, data=self.run.digest.data_sha256
-            ),
+            seed=seed_from(engine_sha256, self.run.recording.sha256, self.run.digest.data_sha256),
             resamples=1000 if task is None else task.resamples,
             over=partial(spread, workers=usable_cores()),
         )
@@ -518,7 +518,7 @@ def detections_of(
 
 def _image_path(run: Context, image_id: int) -> str | None:
     """Of an image's file; None where samples are no files."""
-    source = run.source.source if isinstance(run.source, DigestedSource) else run.source
+    source = undigested(run.source)
     if not isinstance(source, ImageSource):
         return None
     return next(

@@ -12,12 +12,13 @@ import numpy as np
 from gate.data.batches import Batch
 from gate.data.images import ImageSource
 from gate.data.preprocess import image_record
-from gate.data.samples import DigestedSource
+from gate.data.samples import undigested
 from gate.device import usable_cores
 from gate.engines.interface import Runner
 from gate.errors import DataError, MeasurementError
-from gate.metrics.findings import asked_limits, task_findings, with_seed, with_tiled
+from gate.metrics.findings import asked_limits, task_findings, with_tiled
 from gate.metrics.interface import MetricKind, SampleStatistics
+from gate.metrics.resampling import seed_from
 from gate.postprocess.config import Postprocess, Tiling
 from gate.postprocess.tiling import Tile, merged, overlap_px, tile_pixels, tiles_of
 from gate.processes import spread
@@ -82,7 +83,7 @@ def tiled_answers(
         measured.statistics,
         kind=kind,
         evidence=evidence,
-        seed=with_seed(candidate=engine_sha256, reference="whole images", data=run.digest.data_sha256),
+        seed=seed_from(engine_sha256, "whole images", run.digest.data_sha256),
         resamples=task.resamples,
         over=partial(spread, workers=usable_cores()),
     )
@@ -206,7 +207,7 @@ def _images(run: Context) -> ImageSource:
     Raises:
         DataError: They were made of none.
     """
-    source = run.source.source if isinstance(run.source, DigestedSource) else run.source
+    source = undigested(run.source)
     if isinstance(source, ImageSource):
         return source
     raise DataError(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gate.errors import MeasurementError, SpecError
+from gate.metadata import sealed_scores
 from gate.metrics.findings import (
     Asked,
     asked_limits,
@@ -18,11 +19,10 @@ from gate.metrics.findings import (
     packed,
     task_findings,
     unpacked,
-    with_seed,
-    without_statistics,
 )
 from gate.metrics.interface import MetricKind, MetricValue
 from gate.metrics.kinds import kind_named
+from gate.metrics.resampling import seed_from
 from gate.spec import spec_from_text
 from gate.verdict import Evidence, Limit, Status
 
@@ -293,10 +293,10 @@ def test_the_interval_is_the_same_every_time_and_follows_the_seed():
 
 def test_the_seed_follows_from_engine_reference_and_data():
     seeds = {
-        with_seed(candidate="a", reference="b", data="c"),
-        with_seed(candidate="x", reference="b", data="c"),
-        with_seed(candidate="a", reference="x", data="c"),
-        with_seed(candidate="a", reference="b", data="x"),
+        seed_from("a", "b", "c"),
+        seed_from("x", "b", "c"),
+        seed_from("a", "x", "c"),
+        seed_from("a", "b", "x"),
     }
     assert len(seeds) == 4
 
@@ -387,8 +387,8 @@ def test_measured_values_hold_what_a_baseline_scores_again():
     assert values.reference["score"] == pytest.approx(0.8)
     again = KIND.read(unpacked(values.statistics))
     assert again.values() == ours.values()
-    assert without_statistics(values).statistics == ""
-    assert without_statistics(values).values == values.values
+    assert sealed_scores(values).statistics == ""
+    assert sealed_scores(values).values == values.values
 
 
 @pytest.mark.parametrize("name", ["detection", "semantic_segmentation"])
