@@ -5,7 +5,7 @@
 #
 # Stages, in their order; left out: all of them.
 #   doctor    what is installed and usable
-#   tests     pytest -m gpu, with either Python
+#   tests     pytest -m gpu, with either Python (nms: of them, suppression inside the engine alone)
 #   record    references and graphs, by the Python with PyTorch
 #   torch     examples/resnet50 by PyTorch and ONNX Runtime on the GPU
 #   digits    examples/digits as TensorRT engines: checked, sealed, verified, and again in a new process
@@ -61,6 +61,11 @@ tests() {
     tee "$out/tests-torch.txt" | tail -15
   with_trt -m pytest -m gpu -q -p no:cacheprovider tests/engines/tensorrt tests/cli/test_inspect.py 2>&1 |
     tee "$out/tests-tensorrt.txt" | tail -25
+  nms
+}
+
+nms() {
+  with_trt -m pytest -m gpu -q -p no:cacheprovider tests/lower/test_nms.py 2>&1 | tee "$out/tests-nms.txt" | tail -25
 }
 
 record() {

@@ -71,7 +71,7 @@ def page(out: Path) -> Iterator[str]:
         yield from ("", "## Broken plans", "", "```")
         yield from (out / "broken-plans.txt").read_text(encoding="utf-8").splitlines()
         yield "```"
-    for name in ("tests-tensorrt.txt", "tests-torch.txt"):
+    for name in ("tests-tensorrt.txt", "tests-nms.txt", "tests-torch.txt"):
         if (out / name).is_file():
             lines = (out / name).read_text(encoding="utf-8").splitlines()
             yield from ("", f"`{name}`: {lines[-1] if lines else 'empty'}")

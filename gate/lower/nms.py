@@ -65,7 +65,7 @@ def with_efficient_nms(model: Path, out: Path, config: Postprocess, *, backend: 
 
     The plugin takes scores and overlaps that equal a threshold as above it, so the thresholds in the graph are the
     next larger float32: scores in FP32 are then decided as the host decides them. It looks at the best 4096 candidates
-    of an image, and of equal scores at any first. Up to TensorRT 8.6.0 it knows no `class_agnostic`, and ignores it.
+    of an image, and of equal scores at any first. TensorRT 8.6.0 has no `class_agnostic`: the build is refused.
     Source: TensorRT, plugin/efficientNMSPlugin/efficientNMSInference.cu and efficientNMSParameters.h; attributes:
     strings of libnvinfer_plugin 8.6.0.
 

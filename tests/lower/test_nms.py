@@ -3,7 +3,6 @@
 import msgspec
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -100,6 +99,8 @@ def raw_outputs(shapes, config, n, seed):
 
 
 def run(path, raw):
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_outputs()]
     return dict(zip(names, session.run(None, {f"in_{name}": each for name, each in raw.items()}), strict=True))
@@ -373,3 +374,34 @@ def test_engine_with_the_plugin_gives_what_the_host_gives(tmp_path, name, thresh
             size = (100, 100)
             host = detections_from_outputs(raw, images(n), config, input_size=size)
             require_equal(detections_from_nms_outputs(given, images(n), config, input_size=size), host)
+
+
+@pytest.mark.gpu
+def test_plugin_that_ignores_class_agnostic_is_refused_and_one_that_knows_it_gives_what_the_host_gives(tmp_path):
+    from gate.engines.tensorrt import api
+
+    shapes, config = CASES["agnostic"]
+    spec = engine_spec(shapes, "tensorrt")
+    engine = msgspec.structs.replace(spec.engines[0], nms="efficient_nms")
+    spec = msgspec.structs.replace(spec, engines=(engine,), postprocess=config)
+    found = backend("tensorrt")
+    if found.runs_here(engine) is not Evidence.DEVICE:
+        pytest.skip("tensorrt does not run on this GPU")
+    trt = api.module("tensorrt")
+    trt.init_libnvinfer_plugins(trt.Logger(), "")
+    known = api.plugin_attributes(trt, "EfficientNMS_TRT")
+    assert known is not None and {"score_threshold", "iou_threshold", "box_coding"} <= known
+    with_efficient_nms(write_graph(tmp_path / "a.onnx", shapes), tmp_path / "nms.onnx", config)
+    plan = tmp_path / "model.plan"
+    if "class_agnostic" not in known:
+        with pytest.raises(BuildError, match="does not know class_agnostic"):
+            found.build(onnx=tmp_path / "nms.onnx", out=plan, spec=spec, engine=engine)
+        assert not plan.exists()
+        return
+    found.build(onnx=tmp_path / "nms.onnx", out=plan, spec=spec, engine=engine)
+    with found.open(plan, spec=spec, engine=engine) as runner:
+        raw = raw_outputs(shapes, config, 3, 3)
+        given = runner.run({f"in_{each}": array for each, array in raw.items()})
+        size = (100, 100)
+        host = detections_from_outputs(raw, images(3), config, input_size=size)
+        require_equal(detections_from_nms_outputs(given, images(3), config, input_size=size), host)

@@ -261,6 +261,25 @@ def _loaded(trt: Any, path: str, sha256: str) -> bool:  # noqa: ARG001 - a chang
     return True
 
 
+def plugin_attributes(trt: Any, name: str, version: str = "1") -> frozenset[str] | None:
+    """The attributes that a plugin of the registry reads from an ONNX node; the parser drops all others in silence.
+
+    Args:
+        name: The operator, such as `EfficientNMS_TRT`.
+
+    Returns:
+        None where the registry has no such plugin, or does not say.
+
+    Source: onnx-tensorrt, onnxOpImporters.cpp, loadFields: it walks the creator's field names, not the node's.
+    """
+    registry = trt.get_plugin_registry()
+    find = getattr(registry, "get_creator", None) or getattr(registry, "get_plugin_creator", None)
+    creator = find(name, version, "") if find is not None else None
+    if creator is None:
+        return None
+    return frozenset(field.name for field in creator.field_names)
+
+
 def require_supported(name: str, engine: EngineSpec) -> None:
     """Hold an engine's options against the installed version. Imports TensorRT only where an option depends on it.
 

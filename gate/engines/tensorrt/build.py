@@ -135,6 +135,7 @@ def build_plan(
     if hasattr(trt, "init_libnvinfer_plugins"):
         trt.init_libnvinfer_plugins(logger, "")
     plugins = api.load_plugins(trt, engine.options.plugins or (), job.log)
+    _require_class_agnostic(job)
     builder = _builder(job, logger)
     network: tensorrt.INetworkDefinition = job.required(
         builder.create_network(api.network_flags(trt, typed=job.typed)), "has no network"
@@ -207,6 +208,24 @@ def build_plan(
         digests=digests,
         calibration=calibration[1] if calibration is not None else None,
     )
+
+
+def _require_class_agnostic(job: _Job) -> None:
+    """Refuse suppression over all classes where the plugin suppresses within each class alone and does not say so.
+
+    Raises:
+        BuildError: The plugin of this version does not know `class_agnostic`.
+    """
+    asked = job.spec.postprocess
+    if job.engine.nms != "efficient_nms" or asked is None or not asked.class_agnostic:
+        return
+    known = api.plugin_attributes(job.trt, "EfficientNMS_TRT")
+    if known is not None and "class_agnostic" not in known:
+        raise BuildError(
+            f"EfficientNMS_TRT of {job.name} {job.version} does not know class_agnostic and would ignore it",
+            where=job.where,
+            hint='nms = "onnx" puts the same suppression into the graph, as NonMaxSuppression.',
+        )
 
 
 def _builder(job: _Job, logger: Any) -> tensorrt.Builder:
