@@ -10,6 +10,7 @@ same clocks, at several placements of their buffers. Writes OUT/measure-<engine>
 from __future__ import annotations
 
 import argparse
+import copy
 import faulthandler
 import json
 import statistics
@@ -272,7 +273,7 @@ def bare_torch(feed: dict[str, np.ndarray], run: Context) -> Callable[[], int]:
     """The module itself, eager, between two of PyTorch's CUDA events."""
     import torch
 
-    module = run.model.module.to("cuda")
+    module = copy.deepcopy(run.model.module).to("cuda")
     tensors = [torch.from_numpy(array).to("cuda") for array in feed.values()]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 

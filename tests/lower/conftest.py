@@ -3,8 +3,6 @@
 import msgspec
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from gate.engines import backend
 from gate.export import onnx_from_torch
@@ -29,25 +27,25 @@ SPEC = msgspec.convert(
 )
 
 
-class Wide(nn.Module):
-    """Three convolutions and a linear layer, each but the first with at least 32 channels."""
-
-    def __init__(self):
-        super().__init__()
-        self.one = nn.Conv2d(1, 32, 3, padding=1)
-        self.two = nn.Conv2d(32, 32, 3, padding=1)
-        self.three = nn.Conv2d(32, 32, 3)
-        self.head = nn.Linear(32, 16)
-
-    def forward(self, image):
-        x = nn.functional.silu(self.one(image))
-        x = torch.relu(self.two(x)) + x
-        return {"logits": self.head(torch.relu(self.three(x)).mean((2, 3)))}
-
-
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory):
-    """The network as FP32 ONNX."""
+    """Three convolutions and a linear layer, each but the first with at least 32 channels, as FP32 ONNX."""
+    import torch
+    from torch import nn
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv2d(1, 32, 3, padding=1)
+            self.two = nn.Conv2d(32, 32, 3, padding=1)
+            self.three = nn.Conv2d(32, 32, 3)
+            self.head = nn.Linear(32, 16)
+
+        def forward(self, image):
+            x = nn.functional.silu(self.one(image))
+            x = torch.relu(self.two(x)) + x
+            return {"logits": self.head(torch.relu(self.three(x)).mean((2, 3)))}
+
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("wide") / "model.onnx"
     onnx_from_torch(Wide().eval(), spec=SPEC, out=out, feeds=[{"image": IMAGES[:4]}])

@@ -390,7 +390,8 @@ def test_plugin_that_ignores_class_agnostic_is_refused_and_one_that_knows_it_giv
     trt = api.module("tensorrt")
     trt.init_libnvinfer_plugins(trt.Logger(), "")
     known = api.plugin_attributes(trt, "EfficientNMS_TRT")
-    assert known is not None and {"score_threshold", "iou_threshold", "box_coding"} <= known
+    assert known is not None
+    assert {"score_threshold", "iou_threshold", "box_coding"} <= known
     with_efficient_nms(write_graph(tmp_path / "a.onnx", shapes), tmp_path / "nms.onnx", config)
     plan = tmp_path / "model.plan"
     if "class_agnostic" not in known:
