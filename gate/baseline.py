@@ -34,7 +34,7 @@ from gate.metrics.classification import DEFAULT_DROP_PP, baseline_task_finding
 from gate.metrics.findings import TILED, baseline_finding, unpacked
 from gate.metrics.kinds import kind_named
 from gate.metrics.resampling import seed_from
-from gate.results import CheckRun, EngineResult, Fingerprint, OutputMetrics
+from gate.results import CheckRun, EngineResult, Fingerprint, LatencyMetrics, OutputMetrics
 from gate.spec import BaselineLimits, EngineSpec, Name, SpecFile
 from gate.statistics import clopper_pearson
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit
@@ -168,6 +168,7 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     Args:
         subject: What it is of.
         backend_version: Exactly.
+        engine_sha256: Of the engine's file; None in a baseline from before it was kept.
         reference_sha256, spec_sha256: For a reader; a change of them does not keep it from being compared.
         fingerprint: Of the machine it was measured on.
         digest: SHA-256 of the canonical JSON of everything else.
@@ -181,6 +182,7 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     outputs: Annotated[tuple[BaselineOutput, ...], msgspec.Meta(min_length=1)]
     task: BaselineTask | None
     scores: BaselineScores | None = None
+    engine_sha256: Sha256 | None = None
     latency: tuple[LatencyRecord, ...]
     fingerprint: Fingerprint
     accepted: Acceptance
@@ -351,6 +353,7 @@ def baseline_from_result(
         "outputs": [_output(each) for each in sorted(result.outputs, key=lambda each: each.output)],
         "task": _task(result),
         "scores": _scores(result),
+        "engine_sha256": result.engine_sha256,
         "latency": [*map(msgspec.to_builtins, history), *_latency(run, result)][-HISTORY:],
         "fingerprint": msgspec.to_builtins(run.device),
         "accepted": {"who": who.strip(), "when": when, "why": why.strip()},
@@ -407,10 +410,14 @@ def _scores(result: EngineResult) -> dict[str, object] | None:
 
 
 def _latency(run: CheckRun, result: EngineResult) -> Iterator[dict[str, object]]:
-    latency = result.latency
-    if latency is None or result.build is None:
-        return
-    yield {
+    for latency in result.latencies:
+        yield _latency_record(run, result, latency)
+
+
+def _latency_record(run: CheckRun, result: EngineResult, latency: LatencyMetrics) -> dict[str, object]:
+    if result.build is None:
+        raise BaselineError(f"engine {result.name!r} was not built")
+    return {
         "fingerprint_sha256": sha256_hex(canonical_json(msgspec.to_builtins(run.device))),
         "device": run.device.name,
         "os": run.device.os,
@@ -444,8 +451,9 @@ def digest_of(baseline: Baseline) -> str:
 def _builtins(baseline: Baseline) -> dict[str, Any]:
     """As it is written. What came later than the first baselines is left out where there is none, so that theirs hold."""
     raw: dict[str, Any] = msgspec.to_builtins(baseline)
-    if raw["scores"] is None:
-        del raw["scores"]
+    for name in ("scores", "engine_sha256"):
+        if raw[name] is None:
+            del raw[name]
     return raw
 
 
@@ -613,6 +621,37 @@ def require_comparable(baseline: Baseline, subject: Subject, result: EngineResul
                 where=where,
                 hint=ACCEPT,
             )
+
+
+def accepted_engine(
+    root: Path, *, case: str, engine: str, backend: str, evidence: Evidence, fingerprint: Fingerprint | None = None
+) -> str:
+    """The sha256 of the engine that was accepted as the baseline on this device.
+
+    Args:
+        root: Folder of the accepted baselines.
+        case: Id of the model.
+        engine: Its name.
+        backend: As in the spec.
+        evidence: That a run here gives.
+        fingerprint: Of the device; left out: of this machine.
+
+    Raises:
+        BaselineError: There is no baseline, or it does not say which engine it is of.
+    """
+    if fingerprint is None:
+        from gate.device import fingerprint as of_machine
+
+        fingerprint = of_machine(for_gpu=_on_gpu(backend, evidence))
+    path = baseline_path(root, case=case, engine=engine, device=device_of(backend, evidence, fingerprint))
+    accepted = read_baseline(path).engine_sha256
+    if accepted is None:
+        raise BaselineError(
+            "does not say which engine it is of: it was accepted before that was kept",
+            where=str(path),
+            hint="Accept it anew: gate baseline accept.",
+        )
+    return accepted
 
 
 def check_against_baseline(

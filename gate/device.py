@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +115,54 @@ class GpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     compute_mode: ComputeMode | None = None
 
 
+@dataclass(frozen=True)
+class Nvml:
+    """NVML, open, with the handles of the first visible GPU.
+
+    Args:
+        bindings: The module `pynvml`.
+        whole: Handle of the GPU.
+        part: Of the part of it that is visible: a MIG instance, or the GPU again.
+    """
+
+    bindings: Any
+    whole: Any
+    part: Any
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """What the function of that name gives; None where this driver or GPU does not have it."""
+        try:
+            return getattr(self.bindings, name)(*arguments)
+        except (self.bindings.NVMLError, AttributeError):
+            return None
+
+
+def open_nvml(bindings: Any = None) -> Nvml | None:
+    """Open NVML for the first visible GPU; None without its bindings or without a GPU. Who opens it may shut it down.
+
+    Args:
+        bindings: Used in the place of `pynvml`.
+    """
+    if is_gpu_hidden():
+        return None
+    if bindings is None:
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        bindings = pynvml
+    try:
+        bindings.nvmlInit()
+    except bindings.NVMLError:
+        return None
+    try:
+        whole, part = _nvml_handles(bindings)
+    except bindings.NVMLError:
+        bindings.nvmlShutdown()
+        return None
+    return Nvml(bindings=bindings, whole=whole, part=part)
+
+
 def fingerprint(for_gpu: bool) -> Fingerprint:
     """The device that a run uses, and the installed versions that can change answers or speed.
 
@@ -169,6 +218,11 @@ def device_memory_used_bytes() -> int | None:
     return None if read is None else read()
 
 
+def slowdown_names(reasons: int) -> tuple[str, ...]:
+    """Names of the reasons for a clock below the maximum, settings and idling not among them, from NVML's bits."""
+    return tuple(name for bit, name in _CLOCK_REASONS.items() if reasons & bit)
+
+
 def open_context() -> bool:
     """Open the CUDA context of this process on the first visible GPU, so that what follows is measured without it.
 
@@ -211,83 +265,55 @@ def usable_cores() -> int:
 
 
 def _gpu_by_nvml() -> Gpu | None:
-    try:
-        import pynvml
-    except ImportError:
+    opened = open_nvml()
+    if opened is None:
         return None
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        return _nvml_gpu(pynvml, _nvml_handles(pynvml)[0])
-    except pynvml.NVMLError:
+        return _nvml_gpu(opened.bindings, opened.whole)
+    except opened.bindings.NVMLError:
         return None
     finally:
-        pynvml.nvmlShutdown()
+        opened.bindings.nvmlShutdown()
 
 
 def _state_by_nvml() -> GpuState | None:
-    try:
-        import pynvml
-    except ImportError:
+    opened = open_nvml()
+    if opened is None:
         return None
+    nvml, whole = opened.bindings, opened.whole
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-
-    def asked(name: str, *arguments: Any) -> Any:
-        """What a function gives; None where this driver or GPU does not have it."""
-        try:
-            return getattr(pynvml, name)(*arguments)
-        except (pynvml.NVMLError, AttributeError):
-            return None
-
-    try:
-        whole, part = _nvml_handles(pynvml)
-        memory = asked("nvmlDeviceGetMemoryInfo", part)
-        reasons = asked("nvmlDeviceGetCurrentClocksThrottleReasons", whole)
-        mig = asked("nvmlDeviceGetMigMode", whole)
-        mode = asked("nvmlDeviceGetComputeMode", whole)
+        memory = opened.ask("nvmlDeviceGetMemoryInfo", opened.part)
+        reasons = opened.ask("nvmlDeviceGetCurrentClocksThrottleReasons", whole)
+        mig = opened.ask("nvmlDeviceGetMigMode", whole)
+        mode = opened.ask("nvmlDeviceGetComputeMode", whole)
         return GpuState(
-            gpu=_nvml_gpu(pynvml, whole),
+            gpu=_nvml_gpu(nvml, whole),
             source="nvml",
             memory_total_bytes=None if memory is None else int(memory.total),
             memory_free_bytes=None if memory is None else int(memory.free),
-            sm_clock_mhz=asked("nvmlDeviceGetClockInfo", whole, pynvml.NVML_CLOCK_SM),
-            max_sm_clock_mhz=asked("nvmlDeviceGetMaxClockInfo", whole, pynvml.NVML_CLOCK_SM),
+            sm_clock_mhz=opened.ask("nvmlDeviceGetClockInfo", whole, nvml.NVML_CLOCK_SM),
+            max_sm_clock_mhz=opened.ask("nvmlDeviceGetMaxClockInfo", whole, nvml.NVML_CLOCK_SM),
             clocks_set=None if reasons is None else bool(reasons & _CLOCK_SETTING),
-            slowdowns=_slowdowns(reasons or 0),
+            slowdowns=slowdown_names(reasons or 0),
             mig=None if mig is None else bool(mig[0]),
             compute_mode=None if mode is None else _compute_mode(mode),
         )
-    except pynvml.NVMLError:
+    except nvml.NVMLError:
         return None
     finally:
-        pynvml.nvmlShutdown()
+        nvml.nvmlShutdown()
 
 
 @functools.cache
 def _memory_reader() -> Callable[[], int | None] | None:
     """Reads the memory in use, in bytes; NVML is never closed again."""
-    if is_gpu_hidden():
-        return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        part = _nvml_handles(pynvml)[1]
-    except pynvml.NVMLError:
+    opened = open_nvml()
+    if opened is None:
         return None
 
     def used() -> int | None:
-        try:
-            return int(pynvml.nvmlDeviceGetMemoryInfo(part).used)
-        except pynvml.NVMLError:
-            return None
+        memory = opened.ask("nvmlDeviceGetMemoryInfo", opened.part)
+        return None if memory is None else int(memory.used)
 
     return used
 
@@ -321,10 +347,6 @@ def _nvml_gpu(nvml: Any, handle: Any) -> Gpu:
         driver=_text(nvml.nvmlSystemGetDriverVersion()),
         cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
     )
-
-
-def _slowdowns(reasons: int) -> tuple[str, ...]:
-    return tuple(name for bit, name in _CLOCK_REASONS.items() if reasons & bit)
 
 
 def _compute_mode(number: int) -> ComputeMode | None:
@@ -373,7 +395,7 @@ def _state_by_command(device: Gpu) -> GpuState:
         sm_clock_mhz=_leading_int(said.get("clocks.sm")),
         max_sm_clock_mhz=_leading_int(said.get("clocks.max.sm")),
         clocks_set=None if reasons is None else bool(reasons & _CLOCK_SETTING),
-        slowdowns=_slowdowns(reasons or 0),
+        slowdowns=slowdown_names(reasons or 0),
         mig={"Enabled": True, "Disabled": False}.get(said.get("mig.mode.current", "")),
         compute_mode=next((each for each in _COMPUTE_MODES if each == mode), None),
     )

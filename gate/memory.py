@@ -30,11 +30,11 @@ def host_peak() -> Iterator[HostPeak]:
     Source: proc(5): writing 5 to clear_refs resets VmHWM, the peak resident set size.
     """
     peak = HostPeak()
-    before = _status_mib("VmRSS") if _reset() else None
+    before = resident_mib() if reset_host_peak() else None
     try:
         yield peak
     finally:
-        after = _status_mib("VmHWM")
+        after = peak_resident_mib()
         if before is not None and after is not None:
             peak.mib = max(0.0, after - before)
 
@@ -99,7 +99,24 @@ def device_peak(used: Callable[[], int | None], *, every_s: float = 0.01) -> Ite
         peak.stop()
 
 
-def _reset() -> bool:
+def resident_mib() -> float | None:
+    """Resident memory of this process now, MiB; None where the system does not tell."""
+    return _status_mib("VmRSS")
+
+
+def peak_resident_mib() -> float | None:
+    """The most resident memory of this process since its start or the last reset, MiB; None as in `resident_mib`."""
+    return _status_mib("VmHWM")
+
+
+def reset_host_peak() -> bool:
+    """Let the peak of resident memory begin anew at what is resident now.
+
+    Returns:
+        Whether the system did so.
+
+    Source: proc(5), clear_refs.
+    """
     try:
         _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
     except OSError:

@@ -5,6 +5,7 @@ The top-level `metadata_schema.json` is generated from the structs here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -14,22 +15,36 @@ import numpy as np
 
 from gate.engines.interface import BuildRecord, CalibrationRecord, LoweringRecord
 from gate.errors import BundleError, MeasurementError, VerificationError
+from gate.latency.config import PERCENTILES, Cell
+from gate.latency.measurement import Region
+from gate.latency.ratio import (
+    RATIO_PERCENTILES,
+    RatioEstimate,
+    estimate,
+    log_ratio,
+    nearest_rank,
+    positive_durations,
+)
 from gate.manifest import FileDigest, RelativePath, Sha256, Timestamp, pretty_json, strict_json
 from gate.results import (
     CheckRun,
+    Comparison,
     EngineResult,
     Fingerprint,
     LatencyMetrics,
     OutputMetrics,
+    RegionSummary,
+    SessionPair,
     TaskMetrics,
     TaskValues,
     builtins_from,
 )
 from gate.spec import Name
+from gate.statistics import percentile_interval
 from gate.verdict import Evidence, Finding, Interval, Limit, Status, Verdict
 
 METADATA_PATH = "artifacts/metadata.json"
-LATENCY_PATH = "evidence/latency.npy"
+LATENCY_PATH = "evidence/latency.json"
 SCHEMA_ID = "urn:trt-gate:schema:metadata:1"
 
 NonFinite = Literal["NaN", "Infinity", "-Infinity"]
@@ -99,16 +114,49 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     scores: TaskValues | None = None
 
 
-class LatencySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The latency distribution, as in gate.results.LatencyMetrics.
+class SealedRatio(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The engine's percentile over another's, with its interval and its spread between processes."""
+
+    ratio: Annotated[float, msgspec.Meta(gt=0)]
+    interval: SealedInterval
+    sd: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class SealedComparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The engine against another, as in gate.results.Comparison.
 
     Args:
-        raw: Where in the bundle every latency lies: int64 [n], nanoseconds, in the order they were measured.
+        sha256: Of the other engine's file; null for the reference.
+        ratios: The engine's percentile over the other's.
+        checks: That rest on them.
     """
 
+    against: Annotated[str, msgspec.Meta(min_length=1)]
+    title: str
+    sha256: str | None
+    sessions: PositiveInt
+    ratios: dict[str, SealedRatio]
+    checks: tuple[str, ...]
+    stopped: str
+
+
+class LatencySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The latency distribution of one batch size and shape, as in gate.results.LatencyMetrics.
+
+    Args:
+        comparisons: With other engines that were timed in turn with it.
+        raw: Where in the bundle every latency lies.
+    """
+
+    name: str
     timed: str
+    transfers: bool
+    wait: Literal["spin", "block"]
+    streams: PositiveInt
+    cuda_graph: bool
     clock: str
     batch: PositiveInt
+    axes: dict[str, PositiveInt]
     n: PositiveInt
     sessions: PositiveInt
     warm_up: Annotated[int, msgspec.Meta(ge=0)]
@@ -117,9 +165,33 @@ class LatencySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     p90_ms: Milliseconds
     p95_ms: Milliseconds
     p99_ms: Milliseconds
+    p99_9_ms: Milliseconds
     max_ms: Milliseconds
     throughput: Annotated[float, msgspec.Meta(ge=0)]
-    raw: Literal["evidence/latency.npy"]
+    regions: dict[Region, RegionSummary]
+    stopped: str
+    comparisons: tuple[SealedComparison, ...]
+    raw: Literal["evidence/latency.json"]
+
+
+class RawLatency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Every inference of one batch size and shape, in nanoseconds.
+
+    Args:
+        name: As in the summary.
+        sessions: Of each process, in the order in which they were measured.
+        comparisons: By what the engine was timed in turn with, the inferences of both in each process.
+    """
+
+    name: str
+    sessions: tuple[tuple[PositiveInt, ...], ...]
+    comparisons: dict[str, tuple[SessionPair, ...]] = {}
+
+
+class LatencyEvidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`evidence/latency.json`."""
+
+    cells: tuple[RawLatency, ...]
 
 
 class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,7 +257,7 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     verdict: SealedVerdict
     samples: PositiveInt
     metrics: Metrics
-    latency: LatencySummary | None
+    latency: tuple[LatencySummary, ...]
     host_peak_mib: float | None
     device: Fingerprint
     digests: Digests
@@ -239,7 +311,7 @@ def metadata_of(run: CheckRun, result: EngineResult, files: Mapping[str, FileDig
         verdict=SealedVerdict(status="PASSED", evidence=verdict.evidence, required=verdict.required, findings=findings),
         samples=run.samples,
         metrics=Metrics(outputs=result.outputs, task=result.task, scores=sealed_scores(result.scores)),
-        latency=None if result.latency is None else _summary(result.latency),
+        latency=tuple(map(_summary, result.latencies)),
         host_peak_mib=result.host_peak_mib,
         device=device,
         digests=Digests(
@@ -301,8 +373,60 @@ def _number(value: float) -> Number:
 
 
 def _summary(latency: LatencyMetrics) -> LatencySummary:
-    common = {name: getattr(latency, name) for name in LatencySummary.__struct_fields__ if name != "raw"}
-    return LatencySummary(**common, raw="evidence/latency.npy")
+    taken = ("comparisons", "raw")
+    common = {name: getattr(latency, name) for name in LatencySummary.__struct_fields__ if name not in taken}
+    return LatencySummary(
+        **common, comparisons=tuple(map(_comparison, latency.comparisons)), raw="evidence/latency.json"
+    )
+
+
+def _comparison(found: Comparison) -> SealedComparison:
+    return SealedComparison(
+        against=found.against,
+        title=found.title,
+        sha256=found.sha256,
+        sessions=found.sessions,
+        checks=found.checks,
+        ratios={
+            name: SealedRatio(
+                ratio=each.ratio,
+                interval=SealedInterval(lower=_number(each.interval.lower), upper=_number(each.interval.upper)),
+                sd=each.sd,
+            )
+            for name, each in found.ratios.items()
+        },
+        stopped=found.stopped,
+    )
+
+
+def latency_evidence(result: EngineResult) -> LatencyEvidence | None:
+    """Every raw latency of an engine; None where it was not timed."""
+    if not result.latencies:
+        return None
+    cells = []
+    for each in result.latencies:
+        starts = [sum(each.session_sizes[:index]) for index in range(len(each.session_sizes) + 1)]
+        sessions = tuple(each.durations_ns[a:b] for a, b in itertools.pairwise(starts))
+        cells.append(
+            RawLatency(
+                name=each.name,
+                sessions=sessions,
+                comparisons={other.against: other.pairs for other in each.comparisons},
+            )
+        )
+    return LatencyEvidence(cells=tuple(cells))
+
+
+def latency_from_bytes(data: bytes, *, where: str) -> LatencyEvidence:
+    """Read `evidence/latency.json`.
+
+    Raises:
+        VerificationError: It is not strict JSON, or not what such a file holds.
+    """
+    try:
+        return msgspec.convert(strict_json(data, where=where), LatencyEvidence, strict=True)
+    except msgspec.ValidationError as err:
+        raise VerificationError(f"is no record of latencies: {err}", where=where) from err
 
 
 def metadata_bytes(metadata: Metadata) -> bytes:
@@ -347,12 +471,12 @@ def _finite(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value
 
 
-def contradictions(metadata: Metadata, durations_ns: np.ndarray[Any, np.dtype[np.int64]] | None) -> Iterator[str]:
+def contradictions(metadata: Metadata, latency: LatencyEvidence | None) -> Iterator[str]:
     """What in the metadata does not follow from its own numbers.
 
     Args:
         metadata: What is said.
-        durations_ns: int64 [n], every latency in nanoseconds; None where the engine was not timed.
+        latency: Every raw latency; None where the engine was not timed.
     """
     findings = tuple(each.finding() for each in metadata.verdict.findings)
     for finding in findings:
@@ -386,10 +510,10 @@ def contradictions(metadata: Metadata, durations_ns: np.ndarray[Any, np.dtype[np
                 counted = -1
             if counted != count or count > task.samples or len(bits) != 2 * ((task.samples + 7) // 8):
                 yield f"task.{name} is {count}, which its bits do not hold"
-    if metadata.latency is not None and durations_ns is not None:
-        yield from _latency_contradictions(metadata.latency, durations_ns)
-    elif metadata.latency is not None or durations_ns is not None:
+    if bool(metadata.latency) != (latency is not None):
         yield "latency and its raw numbers do not come together"
+    elif latency is not None:
+        yield from _latency_contradictions(metadata.latency, latency, findings)
 
 
 def _score_contradictions(scores: TaskValues, findings: Sequence[Finding]) -> Iterator[str]:
@@ -413,23 +537,95 @@ def _score_contradictions(scores: TaskValues, findings: Sequence[Finding]) -> It
 
 
 def _latency_contradictions(
-    latency: LatencySummary, durations_ns: np.ndarray[Any, np.dtype[np.int64]]
+    summaries: Sequence[LatencySummary], evidence: LatencyEvidence, findings: Sequence[Finding]
 ) -> Iterator[str]:
-    if len(durations_ns) != latency.n or not bool((durations_ns > 0).all()):
-        yield f"latency.n is {latency.n}, {LATENCY_PATH} holds {int((durations_ns > 0).sum())} positive latencies"
+    """Latencies whose numbers are not those of the raw ones, and findings that are not those of the latencies."""
+    if [each.name for each in summaries] != [each.name for each in evidence.cells]:
+        yield f"{LATENCY_PATH} is not of the batch sizes and shapes in the metadata"
         return
-    ordered = np.sort(durations_ns)
-    expected = {
-        # Nearest rank: sorted[ceil(p·n) - 1], in integers.
-        f"p{percent}_ms": float(ordered[-(-percent * latency.n // 100) - 1]) / 1e6
-        for percent in (50, 90, 95, 99)
+    expected: dict[str, tuple[float, Interval]] = {}
+    for summary, raw in zip(summaries, evidence.cells, strict=True):
+        label = f"latency{f'[{summary.name}]' if summary.name else ''}"
+        try:
+            found, said = _recomputed(summary, raw)
+        except MeasurementError as err:
+            yield f"{label}: {err.message}"
+            continue
+        for name, value in said.items():
+            got = getattr(summary, name)
+            if not math.isclose(got, value, rel_tol=1e-6):
+                yield f"{label}.{name} is {got:.6g}, {LATENCY_PATH} gives {value:.6g}"
+        expected |= found
+        yield from _comparison_contradictions(summary, raw, label)
+    for each in findings:
+        if each.check not in expected:
+            if each.check.startswith("latency.") and not each.check.startswith("latency.throughput"):
+                yield f"{each.check} is of no latency in the metadata"
+            continue
+        value, interval = expected[each.check]
+        pairs = (
+            ("", each.estimate, value),
+            ("'s lower bound", each.interval.lower, interval.lower),
+            ("'s upper bound", each.interval.upper, interval.upper),
+        )
+        for what, got, again in pairs:
+            if got != again and not math.isclose(got, again, rel_tol=1e-6, abs_tol=1e-9):
+                yield f"{each.check}{what} is {got:.6g}, {LATENCY_PATH} gives {again:.6g}"
+
+
+def _recomputed(
+    summary: LatencySummary, raw: RawLatency
+) -> tuple[dict[str, tuple[float, Interval]], dict[str, float]]:  # the pair never leaves this module
+    """Estimates and intervals of findings by their check, and what the summary must say, from the raw latencies.
+
+    Raises:
+        MeasurementError: There are none.
+    """
+    pooled = np.sort(positive_durations([value for session in raw.sessions for value in session]))
+    cell = Cell(batch=summary.batch, name=summary.name)
+    said: dict[str, float] = {}
+    found: dict[str, tuple[float, Interval]] = {}
+    for key, p in PERCENTILES.items():
+        said[key] = nearest_rank(pooled, p) / 1e6
+        bounds = percentile_interval(pooled, p)
+        found[cell.check(f"latency.{key}")] = (
+            said[key],
+            Interval(max(0.0, bounds.lower / 1e6), bounds.upper / 1e6),
+        )
+    said["max_ms"] = int(pooled[-1]) / 1e6
+    said["mean_ms"] = int(pooled.sum()) / len(pooled) / 1e6
+    said["n"] = len(pooled)
+    said["sessions"] = len(raw.sessions)
+    for each in summary.comparisons:
+        for name, ratio in _ratios(raw.comparisons.get(each.against, ())).items():
+            lower, upper = ratio.interval.lower, ratio.interval.upper
+            regression, speedup = cell.check(f"latency.regression_{name}"), cell.check("latency.speedup")
+            if regression in each.checks:
+                interval = Interval(100.0 * (lower - 1.0), 100.0 * (upper - 1.0))
+                found[regression] = (100.0 * (ratio.ratio - 1.0), interval)
+            if speedup in each.checks and name == "p50":
+                found[speedup] = (1.0 / ratio.ratio, Interval(1.0 / upper, 1.0 / lower if lower > 0.0 else math.inf))
+    return found, said
+
+
+def _comparison_contradictions(summary: LatencySummary, raw: RawLatency, label: str) -> Iterator[str]:
+    if sorted(each.against for each in summary.comparisons) != sorted(raw.comparisons):
+        yield f"{label}: {LATENCY_PATH} does not hold its comparisons"
+        return
+    for each in summary.comparisons:
+        ratios = _ratios(raw.comparisons[each.against])
+        if len(raw.comparisons[each.against]) != each.sessions:
+            yield f"{label} against {each.against}: {each.sessions} sessions are said, others are held"
+        for name, said in each.ratios.items():
+            again = ratios.get(name)
+            if again is None or not math.isclose(said.ratio, again.ratio, rel_tol=1e-9):
+                yield f"{label} against {each.against}: {name} is not what {LATENCY_PATH} gives"
+
+
+def _ratios(pairs: Sequence[SessionPair]) -> dict[str, RatioEstimate]:
+    return {
+        name: estimate([log_ratio(pair.a_ns, pair.b_ns, p) for pair in pairs]) for name, p in RATIO_PERCENTILES.items()
     }
-    expected["max_ms"] = float(ordered[-1]) / 1e6
-    expected["mean_ms"] = math.fsum(durations_ns.tolist()) / latency.n / 1e6
-    for name, value in expected.items():
-        got = getattr(latency, name)
-        if not math.isclose(got, value, rel_tol=1e-6):
-            yield f"latency.{name} is {got:.6g}, {LATENCY_PATH} gives {value:.6g}"
 
 
 def metadata_schema() -> dict[str, Any]:

@@ -9,13 +9,14 @@ engine that cannot run here is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gate.errors import GateError
+from gate.pytest_benchmark_table import add_latencies, is_only_benchmarks
 
 if TYPE_CHECKING:
     from gate.results import CheckRun, EngineResult
@@ -91,13 +92,25 @@ def pytest_testnodedown(node: Any) -> None:
     node.config.stash[_RUNS].take_over(getattr(node, "workeroutput", {}).get("gate_runs", ()))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write reports and baselines; a run that writes baselines fails."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
+    """Write reports and baselines; a run that writes baselines fails.
+
+    Before any other plugin ends the session: what one of those does cannot keep a report from being written, and
+    pytest-benchmark saves what it holds by then.
+    """
     config = session.config
     runs = config.stash[_RUNS]
     if hasattr(config, "workeroutput"):
         config.workeroutput["gate_runs"] = runs.handed_over()
-        return
+    else:
+        _finish(session, runs)
+        runs.messages += add_latencies(config, runs.timed)
+    return (yield)
+
+
+def _finish(session: pytest.Session, runs: Runs) -> None:
+    config = session.config
     try:
         runs.write_reports()
         if config.getoption("gate_update_baselines"):
@@ -160,6 +173,7 @@ class Runs:
         self._done: dict[tuple[Path, tuple[str, ...]], CheckRun | GateError] = {}
         self._from_workers: list[CheckRun] = []
         self.engines_seen: set[str] = set()
+        self.timed: dict[str, EngineResult] = {}
         self.messages: list[str] = []
 
     def check(self, file: SpecFile, engines: tuple[str, ...]) -> CheckRun:
@@ -331,6 +345,9 @@ class EngineCollector(pytest.Collector):
             item: pytest.Item = CheckItem.from_parent(self, name=name, file=self.file, engine=engine)
             if self.config.pluginmanager.hasplugin("xdist"):
                 item.add_marker(pytest.mark.xdist_group(name=str(self.path)))
+            if is_latency(name) and is_only_benchmarks(self.config):
+                # By this pytest-benchmark knows what to run; `--benchmark-skip` still leaves no check out.
+                item.fixturenames = ["benchmark"]  # type: ignore[attr-defined]  # of test functions
             yield item
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Any:  # type: ignore[override]  # as Collector
@@ -359,6 +376,8 @@ class CheckItem(pytest.Item):
         if reason is not None:
             pytest.skip(f"NOT RUN: {reason}")
         run = self.config.stash[_RUNS].check(self.file, (self.engine.name,))
+        if is_latency(self.name) and self.parent is not None:
+            self.config.stash[_RUNS].timed[self.parent.nodeid] = run.engines[0]
         judgement = judge(run.engines[0], self.name, check_names(self.engine, self.file))
         self.user_properties += judgement.properties
         if judgement.status != "PASSED":
@@ -371,9 +390,10 @@ class CheckItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
-        """The spec, and the names."""
-        # Not the end of the node's id, which pytest would take apart at its dots.
-        return self.path, None, f"{self.engine.name} {self.name}"
+        """The spec, its first line, and the names."""
+        # A line, since pytest needs one to report an item that a marker skips; and not the end of the node's id, which
+        # it would take apart at its dots.
+        return self.path, 0, f"{self.engine.name} {self.name}"
 
 
 class NotPassed(Exception):
@@ -397,6 +417,7 @@ class Judgement:
 
 def check_names(engine: EngineSpec, file: SpecFile) -> tuple[str, ...]:
     """The tests of an engine, known from the spec alone."""
+    from gate.latency.config import latency_checks
     from gate.metamorphic import applicable_checks
 
     names: list[str] = [] if engine.plan is not None else ["build"]
@@ -409,16 +430,34 @@ def check_names(engine: EngineSpec, file: SpecFile) -> tuple[str, ...]:
         for key in limits or ["top1_drop_at_most_pp"]:
             names.append("task." + key.replace("_drop_at_most_pp", "_drop_pp").replace("_at_least", ""))
     names += _task_checks(engine, file)
-    if engine.latency is not None:
-        budgets = ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_at_least")
-        names += [
-            f"latency.{key.replace('_at_least', '')}" for key in budgets if getattr(engine.latency, key) is not None
-        ]
+    names += latency_checks(engine.latency)
+    if engine.stages is not None:
+        names.append("stages")
+    if engine.usage is not None:
+        names.append("usage")
     if engine.memory is not None:
-        names += [f"memory.{key}" for key in engine.memory.__struct_fields__ if getattr(engine.memory, key) is not None]
+        names += [f"memory.{key}" for key in engine.memory.budgets]
     if engine.baseline is not None:
         names.append("baseline")
     return tuple(names) or ("build",)
+
+
+def is_latency(name: str) -> bool:
+    """Whether a test is of what `[engine.latency]` asks for."""
+    return name.partition(".")[0] == "latency"
+
+
+def _is_part_of(check: str, name: str) -> bool:
+    """Whether a finding belongs to a test; where the test is of one batch size and shape, not one of another.
+
+    `latency.p99_ms[batch=8]` belongs to that test, as does a failure of `latency` or of `latency[batch=8]`.
+    """
+    from gate.wording import belongs
+
+    group, _, cell = name.partition("[")
+    if not cell:
+        return belongs(check, name)
+    return check.partition("[")[2] in {"", cell} and belongs(check, group)
 
 
 def _task_checks(engine: EngineSpec, file: SpecFile) -> list[str]:
@@ -447,14 +486,14 @@ def judge(result: EngineResult, name: str, names: tuple[str, ...]) -> Judgement:
         names: Of all tests of the engine.
     """
     from gate.verdict import Failure, Status
-    from gate.wording import advice, anchor, belongs, failure_lines, finding_sentence
+    from gate.wording import advice, anchor, failure_lines, finding_sentence
 
     if result.verdict is None:
         return Judgement("FAILED", [f"NOT RUN: {result.not_run}"], {})
     findings = result.verdict.findings
-    reached = {each for each in names if any(belongs(finding.check, each) for finding in findings)}
-    stray = [each for each in result.failing if not any(belongs(each.check, other) for other in names)]
-    own = [finding for finding in findings if belongs(finding.check, name)]
+    reached = {each for each in names if any(_is_part_of(finding.check, each) for finding in findings)}
+    stray = [each for each in result.failing if not any(_is_part_of(each.check, other) for other in names)]
+    own = [finding for finding in findings if _is_part_of(finding.check, name)]
     sentences = {f"gate.{each.check}": finding_sentence(each, precision=result.precision) for each in own}
     lines: list[str] = []
     if own:

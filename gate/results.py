@@ -12,6 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from gate.engines.interface import BuildRecord, LoweringRecord
+from gate.latency.measurement import MemoryUse, Region, StageSummary
+from gate.latency.ratio import RatioEstimate
 from gate.verdict import Evidence, Failure, Finding, Status, Verdict, status_of
 from gate.wording import finding_sentence
 
@@ -106,20 +108,84 @@ class TaskValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     settings_sha256: str = ""
 
 
-class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Latency of one batch. Percentiles are nearest-rank.
+class RegionSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A region of every inference that was timed, in milliseconds; percentiles are nearest-rank."""
+
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+class SessionPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The kept inferences of two engines that took turns in one process, in nanoseconds.
 
     Args:
-        timed: What the timed region holds: `host_wall`, from arrays in host memory to outputs there; `gpu_compute`,
-            between CUDA events around the engine alone.
+        a_ns: Of the engine that is judged.
+        b_ns: Of the other.
+    """
+
+    a_ns: tuple[int, ...]
+    b_ns: tuple[int, ...]
+
+
+class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An engine against another, timed in turn with it.
+
+    Args:
+        against: As in the spec: `baseline`, `reference`, another engine, or a bundle.
+        title: What it is, for a reader.
+        sha256: Of its file; None for the reference.
+        ratios: The engine's percentile over the other's, by `p50` and `p95`.
+        sessions: Processes.
+        seconds: Wall time of all of them.
+        checks: Names of the checks that rest on it.
+        stopped: Why no more were measured.
+        pairs: Every raw latency; kept as evidence, left out of report.json.
+    """
+
+    against: str
+    title: str
+    sha256: str | None
+    ratios: dict[str, RatioEstimate]
+    sessions: int
+    seconds: float
+    checks: tuple[str, ...]
+    stopped: str
+    pairs: tuple[SessionPair, ...] = ()
+
+
+class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Latency of one batch size and shape. Percentiles are nearest-rank.
+
+    Args:
+        name: Of the cell, such as `batch=8`; empty where it is the only one.
+        timed: What the percentiles are of, as in `[engine.latency]`: `host_wall`, `gpu_compute` or `latency`.
+        transfers: Whether the inputs were copied to a GPU and the outputs back.
+        wait: How the host waited for the GPU.
+        streams: Inferences at the same time.
+        cuda_graph: Whether the engine was launched as a CUDA graph.
         batch: Batch size.
+        axes: Sizes of other dynamic axes.
         n: Inferences timed; `sessions` processes they come from; `warm_up` untimed ones before them.
-        throughput: Samples per second: batch / mean latency.
+        throughput: Samples per second.
+        regions: Every region that was timed.
+        seconds: Wall time of all sessions.
+        stopped: Why no more were measured.
+        comparisons: With other engines.
+        notes: What a reader should know: throttling, other processes on the GPU.
+        session_sizes: How many of `durations_ns` are of each session.
         durations_ns: Every raw latency, in order; kept as evidence, left out of report.json.
     """
 
+    name: str = ""
     timed: str
+    transfers: bool = False
+    wait: Literal["spin", "block"] = "spin"
+    streams: int = 1
+    cuda_graph: bool = False
     batch: int
+    axes: dict[str, int] = {}
     n: int
     sessions: int
     warm_up: int
@@ -128,10 +194,28 @@ class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     p90_ms: float
     p95_ms: float
     p99_ms: float
+    p99_9_ms: float
     max_ms: float
     throughput: float
     clock: str
+    regions: dict[Region, RegionSummary] = {}
+    seconds: float = 0.0
+    stopped: str = ""
+    comparisons: tuple[Comparison, ...] = ()
+    notes: tuple[str, ...] = ()
+    session_sizes: tuple[int, ...] = ()
     durations_ns: tuple[int, ...] = ()
+
+
+class UsageMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an engine takes while it runs without a pause: the mean over sessions; None where the system does not say."""
+
+    batch: int
+    sessions: int
+    energy_mj: float | None = None
+    power_w: float | None = None
+    gpu_percent: float | None = None
+    cpu_percent: float | None = None
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -171,7 +255,11 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         build: How it was made; None where it was not.
         engine_sha256: Digest of the engine's file.
         engine_path: Where it lies on this machine, while the run lasts; not in report.json.
-        outputs, task, latency: What was measured; `task` of classification, `scores` of any other task.
+        outputs, task: What was measured; `task` of classification, `scores` of any other task.
+        latencies: One for each batch size and shape that was timed.
+        stages: Of the whole pipeline.
+        usage: What it takes while it runs without a pause.
+        memory: Of it, and the engines that were loaded beside it, in a fresh process.
         reused: What came from the cache: any of `export`, `lowered`, `engine`.
         host_peak_mib: Host memory that loading and running it added at its peak.
         device_peak_mib: Device memory likewise, by the driver's count for the whole GPU; None where it was not run on one.
@@ -195,7 +283,10 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     outputs: tuple[OutputMetrics, ...] = ()
     task: TaskMetrics | None = None
     scores: TaskValues | None = None
-    latency: LatencyMetrics | None = None
+    latencies: tuple[LatencyMetrics, ...] = ()
+    stages: tuple[StageSummary, ...] = ()
+    usage: UsageMetrics | None = None
+    memory: MemoryUse | None = None
     host_peak_mib: float | None = None
     device_peak_mib: float | None = None
     baseline_sha256: str | None = None
@@ -361,7 +452,7 @@ def builtins_from(value: object) -> Any:
     return value
 
 
-NOT_STORED = frozenset({"durations_ns", "engine_path"})
+NOT_STORED = frozenset({"durations_ns", "pairs", "engine_path"})
 
 
 def run_from_builtins(raw: Any) -> CheckRun:

@@ -17,6 +17,7 @@ import msgspec
 
 from gate.data.image_spec import ImagesSpec, Preprocess
 from gate.errors import SpecError
+from gate.latency.config import LatencySpec, StagesSpec, UsageSpec, latency_problems, timed_tables
 from gate.postprocess.config import Postprocess, Tiling
 from gate.postprocess.config import problems as postprocess_problems
 
@@ -206,38 +207,39 @@ class TaskLimits(_Table, frozen=True):
     top5_drop_at_most_pp: NonNegative | None = None
 
 
-class LatencySpec(_Table, frozen=True):
-    """Latency budgets at one batch size.
-
-    Args:
-        batch: Batch size.
-        timed: `host_wall`: one inference from its inputs in host memory to its outputs there. `gpu_compute`: between
-            CUDA events around the engine alone, without the copies; for engines on a GPU.
-        samples: Inferences to time; left out: as many as the strictest budget needs, and at least 200.
-        max_time_s: Give up measuring after this long; too few samples are INCONCLUSIVE.
-        warm_up_s: Untimed inferences before that.
-        p50_ms, p90_ms, p95_ms, p99_ms: Budgets per inference.
-        throughput_at_least: Samples per second at this batch size.
-    """
-
-    batch: PositiveInt = 1
-    timed: Literal["host_wall", "gpu_compute"] = "host_wall"
-    samples: PositiveInt | None = None
-    max_time_s: Positive = 20.0
-    warm_up_s: NonNegative = 0.5
-    p50_ms: Positive | None = None
-    p90_ms: Positive | None = None
-    p95_ms: Positive | None = None
-    p99_ms: Positive | None = None
-    throughput_at_least: Positive | None = None
+MEMORY_BUDGETS = (
+    "engine_mib",
+    "host_peak_mib",
+    "device_peak_mib",
+    "device_steady_mib",
+    "together_host_mib",
+    "together_device_mib",
+)
 
 
 class MemorySpec(_Table, frozen=True):
-    """Budgets for size: the engine's file, and the host and device memory that loading and running it adds."""
+    """Budgets for size: the engine's file, and the host and device memory that loading and running it adds.
+
+    Args:
+        engine_mib: The file.
+        host_peak_mib, device_peak_mib: At the most, while it answers every sample.
+        device_steady_mib: On the device once it is loaded and has run, in a fresh process.
+        together_with: Other engines of the spec that are loaded beside it in one fresh process.
+        together_host_mib, together_device_mib: What all of them take at the most.
+    """
 
     engine_mib: Positive | None = None
     host_peak_mib: Positive | None = None
     device_peak_mib: Positive | None = None
+    device_steady_mib: Positive | None = None
+    together_with: tuple[str, ...] = ()
+    together_host_mib: Positive | None = None
+    together_device_mib: Positive | None = None
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """Names of the budgets that it sets."""
+        return tuple(key for key in MEMORY_BUDGETS if getattr(self, key) is not None)
 
 
 class BaselineLimits(_Table, frozen=True):
@@ -416,7 +418,9 @@ class EngineSpec(_Table, frozen=True):
     nms: Literal["onnx", "efficient_nms"] | None = None
     task: TaskLimits | None = None
     task_limits: dict[str, float] | None = None
-    latency: LatencySpec | None = None
+    latency: LatencySpec | tuple[LatencySpec, ...] | None = None
+    stages: StagesSpec | None = None
+    usage: UsageSpec | None = None
     memory: MemorySpec | None = None
     baseline: BaselineLimits | None = None
     metamorphic: MetamorphicSpec = MetamorphicSpec()
@@ -500,7 +504,7 @@ class SpecFile(msgspec.Struct, frozen=True, kw_only=True):
         """`gate.toml:41` for a key such as `"engine", 2, "parity", "rel_rmse"`; the nearest parent's if absent."""
         return f"{self.path}:{line_of(self.text, key)}"
 
-    def engine_location(self, engine: str, *key: str) -> str:
+    def engine_location(self, engine: str, *key: str | int) -> str:
         """As `location`, for a key of the engine with that name."""
         index = [each.name for each in self.spec.engines].index(engine)
         return self.location("engine", index, *key)
@@ -923,7 +927,8 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
     yield from _backend_contradictions(spec, engine)
     yield from _option_contradictions(spec, engine)
     yield from _lowering_contradictions(engine)
-    checks = {key: getattr(engine, key) for key in ("parity", "task", "latency", "memory", "baseline")}
+    tables = ("parity", "task", "latency", "stages", "usage", "memory", "baseline")
+    checks = {key: getattr(engine, key) for key in tables}
     if engine.task_limits is not None:
         checks["task"] = engine.task_limits
     asked = {key: table for key, table in checks.items() if table is not None}
@@ -933,7 +938,7 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
                 yield (key,), f"evidence 'preflight' compiles and does not run, so it cannot check [engine.{key}]"
         if engine.plan is not None:
             yield ("plan",), "evidence 'preflight' compiles, and a plan is compiled already"
-        for key in ("host_peak_mib", "device_peak_mib"):
+        for key in MEMORY_BUDGETS[1:]:
             if engine.memory is not None and getattr(engine.memory, key) is not None:
                 yield ("memory", key), f"evidence 'preflight' does not run, so it has no {key}"
         if engine.rebuilds > 1:
@@ -942,13 +947,9 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
         yield (
             (),
             "has no check: add [engine.parity] (empty takes the precision's defaults), [engine.task], "
-            "[engine.latency], [engine.memory] or [engine.baseline]",
+            "[engine.latency], [engine.stages], [engine.usage], [engine.memory] or [engine.baseline]",
         )
-    for key in ("latency", "memory"):
-        table = asked.get(key)
-        budgets = [name for name in _BUDGETS[key] if getattr(table, name) is not None] if table else []
-        if table is not None and not budgets:
-            yield (key,), f"[engine.{key}] has no budget; it takes {', '.join(_BUDGETS[key])}"
+    yield from _measurement_contradictions(spec, engine)
     if engine.parity is not None and not engine.parity.defaults:
         limits = [engine.parity, *engine.parity.outputs.values()]
         if not any(getattr(each, name) is not None for each in limits for name in ParityLimits.__struct_fields__):
@@ -1002,14 +1003,65 @@ def _engine_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple
         yield ("rebuilds",), "a plan that exists already is not built, so it cannot be built again"
     if engine.onnx is None and engine.plan is None and spec.model.outputs is not None:
         yield (), "the reference is stored outputs, so the engine needs its own onnx or plan"
-    batch = next(iter(spec.inputs.values())).shape[:1] if spec.inputs else ()
-    if engine.latency is not None and batch and isinstance(batch[0], str):
-        sizes = next(iter(spec.inputs.values())).axes.get(batch[0])
-        if sizes is not None and not sizes.min <= engine.latency.batch <= sizes.max:
+
+
+def _measurement_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple[KeyPath, str]]:
+    """Budgets of latency, stages, usage and memory that are missing, or that this spec cannot be measured for."""
+    on_gpu = engine.required_evidence == "device"
+    if engine.memory is not None:
+        memory = engine.memory
+        if not memory.budgets:
+            yield ("memory",), f"[engine.memory] has no budget; it takes {', '.join(MEMORY_BUDGETS)}"
+        if engine.required_evidence == "host":
+            for key in ("device_peak_mib", "device_steady_mib", "together_device_mib"):
+                if getattr(memory, key) is not None:
+                    yield ("memory", key), f'{key} needs an engine on a GPU, evidence "device"'
+        others = [each.name for each in spec.engines if each.name != engine.name]
+        for name in memory.together_with:
+            if name not in others:
+                yield (
+                    ("memory", "together_with"),
+                    f"together_with names {name!r}, which is no other engine{_did_you_mean(name, others)}",
+                )
+        together = [key for key in memory.budgets if key.startswith("together")]
+        if bool(memory.together_with) != bool(together):
             yield (
-                ("latency", "batch"),
-                f"[engine.latency] batch = {engine.latency.batch} is outside the profile ({sizes.min} to {sizes.max})",
+                ("memory", "together_with"),
+                "together_with and together_host_mib or together_device_mib need each other",
             )
+    batch_axis, sizes = batch_axis_of(spec), dynamic_axes_of(spec)
+    if engine.latency is not None:
+        yield from latency_problems(engine.latency, batch_axis=batch_axis, axes=sizes)
+    others = [each.name for each in spec.engines if each.name != engine.name]
+    for table in timed_tables(engine.latency):
+        if table.spec.timed != "host_wall" and not on_gpu:
+            yield (*table.key, "timed"), f'timed = "{table.spec.timed}" needs an engine on a GPU, evidence "device"'
+        for name in table.spec.rivals:
+            if name == engine.name:
+                yield table.key, f"[engine.latency] against = {name!r} is the engine itself"
+            elif name == "reference" and spec.model.factory is None:
+                yield table.key, 'against = "reference" times the model itself: [model] needs a factory'
+            elif name not in ("baseline", "reference", *others) and "/" not in name:
+                yield (
+                    table.key,
+                    f"[engine.latency] against = {name!r} is neither baseline, reference, an engine nor the path of a bundle"
+                    f"{_did_you_mean(name, ['baseline', 'reference', *others])}",
+                )
+    if engine.usage is not None:
+        budgets = ("power_w", "energy_mj", "gpu_percent_at_least", "cpu_percent_at_most")
+        given = [key for key in budgets if getattr(engine.usage, key) is not None]
+        if not given:
+            yield ("usage",), f"[engine.usage] has no budget; it takes {', '.join(budgets)}"
+        for key in given:
+            if key != "cpu_percent_at_most" and not on_gpu:
+                yield ("usage", key), f'{key} needs an engine on a GPU, evidence "device"'
+        if batch_axis is not None and batch_axis in sizes:
+            low, high = sizes[batch_axis]
+            if not low <= engine.usage.batch <= high:
+                yield (
+                    ("usage", "batch"),
+                    f"[engine.usage] batch = {engine.usage.batch} is outside the profile ({low} to {high})",
+                )
 
 
 def _backend_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple[KeyPath, str]]:
@@ -1040,10 +1092,6 @@ def _backend_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tupl
             ("evidence",),
             f"backend {engine.backend!r} runs on a GPU here: ask for 'device', or 'preflight' to compile only",
         )
-    if engine.latency is not None and engine.latency.timed == "gpu_compute" and engine.required_evidence != "device":
-        yield ("latency", "timed"), 'timed = "gpu_compute" needs an engine on a GPU, evidence "device"'
-    if engine.memory is not None and engine.memory.device_peak_mib is not None and engine.required_evidence == "host":
-        yield ("memory", "device_peak_mib"), 'device_peak_mib needs an engine on a GPU, evidence "device"'
 
 
 def _option_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[tuple[KeyPath, str]]:
@@ -1170,6 +1218,17 @@ def _lowering_contradictions(engine: EngineSpec) -> Iterator[tuple[KeyPath, str]
             yield ("lowering", "exclude_nodes"), f"exclude_nodes[{index}] = {pattern!r} is no regular expression: {err}"
 
 
+def batch_axis_of(spec: GateSpec) -> str | None:
+    """Name of the inputs' first axis; None where it is fixed."""
+    first = next(iter(spec.inputs.values())).shape[:1] if spec.inputs else ()
+    return first[0] if first and isinstance(first[0], str) else None
+
+
+def dynamic_axes_of(spec: GateSpec) -> dict[str, tuple[int, int]]:
+    """Least and most of each dynamic axis."""
+    return {axis: (given.min, given.max) for each in spec.inputs.values() for axis, given in each.axes.items()}
+
+
 def located(engine: EngineSpec, folder: Path) -> EngineSpec:
     """The engine with the paths of its options as absolute ones, which start from the spec's folder."""
     options = engine.options
@@ -1187,9 +1246,3 @@ def located(engine: EngineSpec, folder: Path) -> EngineSpec:
     if not changed:
         return engine
     return msgspec.structs.replace(engine, options=msgspec.structs.replace(options, **changed))
-
-
-_BUDGETS: Mapping[str, tuple[str, ...]] = {
-    "latency": ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_at_least"),
-    "memory": ("engine_mib", "host_peak_mib", "device_peak_mib"),
-}

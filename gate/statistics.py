@@ -288,6 +288,62 @@ def least_samples(p: float, alpha: float = 0.01) -> int:
     return n
 
 
+def student_t_quantile(p: float, degrees: int) -> float:
+    """The t with P(T <= t) = p for Student's T.
+
+    Args:
+        p: Between 0.5 and 1.
+        degrees: Degrees of freedom, at least 1.
+
+    Raises:
+        MeasurementError: p or the degrees are outside.
+
+    Source: P(T > t) = I_x(v/2, 1/2) / 2 with x = v / (v + t^2); Abramowitz and Stegun, 26.7.1.
+    """
+    if not 0.5 <= p < 1.0 or degrees < 1:
+        raise MeasurementError(f"no quantile of Student's t: p = {p}, {degrees} degrees of freedom")
+    low, high = 0.0, 1.0
+    while _t_tail(high, degrees) > 1.0 - p:
+        high *= 2.0
+    while True:
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            return middle
+        if _t_tail(middle, degrees) > 1.0 - p:
+            low = middle
+        else:
+            high = middle
+
+
+def _t_tail(t: float, degrees: int) -> float:
+    """P(T > t) for t >= 0."""
+    square = t * t
+    return 0.5 * _incomplete_beta(degrees / (degrees + square), square / (degrees + square), degrees / 2.0, 0.5)
+
+
+def _incomplete_beta(x: float, rest: float, a: float, b: float) -> float:
+    """I_x(a, b) with rest = 1 - x, by Lentz's continued fraction. Source: Numerical Recipes, 6.4."""
+    if x == 0.0 or rest == 0.0:
+        return 0.0 if x == 0.0 else 1.0
+    if x > (a + 1.0) / (a + b + 2.0):
+        return 1.0 - _incomplete_beta(rest, x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest))
+    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1.0))
+    total, step = d, math.inf
+    for m in range(1, 1000):
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1.0) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1.0)),
+        ):
+            d = 1.0 / (1.0 + numerator * d)
+            c = 1.0 + numerator / c
+            step = c * d
+            total *= step
+        if abs(step - 1.0) < 1e-15:
+            break
+    return front * total / a
+
+
 class ExactSum:
     """A sum of float64 numbers without rounding: any order and any grouping gives the same bits.
 

@@ -19,10 +19,8 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
 
 from gate import atomic
 from gate.baseline import baseline_from_bytes
@@ -35,6 +33,7 @@ from gate.manifest import (
     Statement,
     Subject,
     SubjectDigest,
+    canonical_json,
     pretty_json,
     sha256_hex,
     strict_json,
@@ -42,8 +41,11 @@ from gate.manifest import (
 from gate.metadata import (
     LATENCY_PATH,
     METADATA_PATH,
+    LatencyEvidence,
     Metadata,
     contradictions,
+    latency_evidence,
+    latency_from_bytes,
     metadata_bytes,
     metadata_from_bytes,
     metadata_of,
@@ -74,7 +76,6 @@ _READ = (
     SPEC_PATH,
     CALIBRATION_PATH,
 )
-_MAX_LATENCY_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,14 @@ def _require_one_story(passed: PassedVerdict, run: CheckRun, result: EngineResul
         raise BundleError(f"engine {result.name!r} is not one of this run's")
     if result.engine_sha256 is None:
         raise BundleError(f"engine {result.name!r} has no file that was checked")
-    if result.latency is not None and len(result.latency.durations_ns) != result.latency.n:
-        raise BundleError(
-            f"engine {result.name!r} has {len(result.latency.durations_ns)} raw latencies of {result.latency.n}; "
-            "seal from the run itself, not from its report"
-        )
+    for latency in result.latencies:
+        if len(latency.durations_ns) != latency.n or any(
+            len(each.pairs) != each.sessions for each in latency.comparisons
+        ):
+            raise BundleError(
+                f"engine {result.name!r} has {len(latency.durations_ns)} raw latencies of {latency.n}; "
+                "seal from the run itself, not from its report"
+            )
 
 
 def _require_extra(extra: Mapping[str, bytes | Path], result: EngineResult) -> None:
@@ -239,10 +243,8 @@ def _evidence(run: CheckRun, result: EngineResult) -> dict[str, bytes]:
     }
     if result.scores is not None:
         files[SCORES_PATH] = pretty_json({"kind": result.scores.kind, "statistics": result.scores.statistics})
-    if result.latency is not None:
-        raw = io.BytesIO()
-        np.save(raw, np.asarray(result.latency.durations_ns, dtype=np.int64), allow_pickle=False)
-        files[LATENCY_PATH] = raw.getvalue()
+    if (latency := latency_evidence(result)) is not None:
+        files[LATENCY_PATH] = canonical_json(msgspec.to_builtins(latency))
     return files
 
 
@@ -414,7 +416,7 @@ class _Verification:
             path = self.bundle / subject.name
             kept = io.BytesIO() if subject.name in _READ else None
             with atomic.open_regular(path, single_link=True) as stream:
-                limit = _MAX_LATENCY_BYTES if subject.name == LATENCY_PATH else MAX_JSON_BYTES
+                limit = MAX_JSON_BYTES
                 if kept is not None and os.fstat(stream.fileno()).st_size > limit:
                     raise VerificationError(f"is too long: the limit is {limit} bytes", where=str(path))
                 got = atomic.digest_of_stream(stream, copy_to=kept)
@@ -450,7 +452,7 @@ class _Verification:
     def verdict(self) -> str:
         """Every status computed again from its numbers."""
         where = self.where(METADATA_PATH)
-        for message in contradictions(self.metadata, self.durations()):
+        for message in contradictions(self.metadata, self.latency()):
             raise VerificationError(message, where=where)
         verdict = self.metadata.verdict
         if self.require_evidence is not None and verdict.evidence.rank < self.require_evidence.rank:
@@ -460,18 +462,10 @@ class _Verification:
         count = len(verdict.findings)
         return f"{verdict.status}, {count} findings recomputed, evidence: {verdict.evidence.value}"
 
-    def durations(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        """The raw latencies, or None where there are none."""
+    def latency(self) -> LatencyEvidence | None:
+        """Every raw latency; None where the engine was not timed."""
         data = self.contents.get(LATENCY_PATH)
-        if data is None:
-            return None
-        try:
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as err:
-            raise VerificationError(f"is not an npy file: {err}", where=self.where(LATENCY_PATH)) from err
-        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != np.int64:
-            raise VerificationError("does not hold int64 [n]", where=self.where(LATENCY_PATH))
-        return array
+        return None if data is None else latency_from_bytes(data, where=self.where(LATENCY_PATH))
 
     def evidence(self) -> str:
         """The files beside the engine say what the metadata says."""

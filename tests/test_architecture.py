@@ -17,6 +17,9 @@ LAYERS = {
     "errors": ("errors",),
     "words": (
         "data.image_spec",
+        "latency.config",
+        "latency.measurement",
+        "latency.ratio",
         "manifest",
         "postprocess.config",
         "spec",
@@ -31,7 +34,7 @@ LAYERS = {
         "calibration",
         "compare",
         "diagnosis",
-        "latency",
+        "latency.*",
         "metamorphic",
         "metrics.*",
         "postprocess.*",
@@ -61,18 +64,20 @@ LAYERS = {
         "lower.*",
         "probe",
         "reference",
+        "sessions.*",
         "store",
     ),
     "steps": ("steps.*",),
     "pipeline": ("pipeline", "schemas"),
-    "edges": ("cli.*", "pytest_plugin", "report.*"),
+    "edges": ("cli.*", "pytest_benchmark_table", "pytest_plugin", "report.*"),
     "entry": ("__main__",),
 }
 CORE = ("errors", "words", "results", "judges")
 
 # Within one layer imports go nowhere, but for these: importer -> what it may import.
 SIDEWAYS = {
-    "spec": {"data.image_spec", "postprocess.config"},
+    "latency.ratio": {"statistics", "verdict"},
+    "spec": {"data.image_spec", "latency.config", "postprocess.config"},
     "statistics": {"verdict"},
     "wording": {"verdict"},
     "metadata": {"engines.interface", "results"},
@@ -82,9 +87,10 @@ SIDEWAYS = {
     "reference": {"data", "engines"},
     "doctor": {"probe"},
     "probe": {"engines"},
+    "sessions": {"engines", "reference"},
     "store": {"baseline"},
     "cli": {"report"},
-    "pytest_plugin": {"report"},
+    "pytest_plugin": {"pytest_benchmark_table", "report"},
 }
 
 FRAMEWORKS = (

@@ -213,6 +213,30 @@ def test_used_memory_of_a_lost_or_hidden_gpu_is_none(nvml):
     assert device.gpu_state() is None
 
 
+def test_nvml_is_opened_once_with_the_gpu_and_its_visible_part(nvml):
+    simulator = nvml("MIG-a")
+    opened = device.open_nvml()
+    assert opened == device.Nvml(bindings=simulator, whole="NVIDIA H200", part="instance")
+    assert simulator.open == 1
+    assert opened.ask("nvmlDeviceGetMaxClockInfo", opened.whole, simulator.NVML_CLOCK_SM) == 1980
+    assert opened.ask("nvmlDeviceGetPowerUsage", opened.whole) is None
+    simulator.lost = True
+    assert opened.ask("nvmlDeviceGetMemoryInfo", opened.part) is None
+
+
+def test_nvml_without_the_visible_gpu_is_closed_again(nvml):
+    simulator = nvml("7")
+    assert device.open_nvml() is None
+    assert simulator.open == 0
+    nvml("-1")
+    assert device.open_nvml() is None
+
+
+def test_settings_and_idling_are_no_slowdown():
+    assert device.slowdown_names(0x1 | 0x2) == ()
+    assert device.slowdown_names(0x4 | 0x20) == ("sw_power_cap", "sw_thermal_slowdown")
+
+
 SMI = """#!/bin/sh
 case "$1" in
   --query-gpu=name,*) echo 'NVIDIA L4, 8.9, 580.1' ;;

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from gate.memory import device_peak, host_peak
+from gate.memory import device_peak, host_peak, peak_resident_mib, reset_host_peak, resident_mib
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 
@@ -73,3 +73,19 @@ def test_device_peak_below_the_start_is_zero():
     with device_peak(lambda: next(readings, 50), every_s=60.0) as peak:
         peak.look()
     assert peak.mib == 0.0
+
+
+def test_resident_memory_grows_with_what_is_held_and_the_peak_can_begin_anew() -> None:
+    values = np.ones(64 * 2**20, dtype=np.uint8)
+    del values
+    assert reset_host_peak()
+    before, peak = resident_mib(), peak_resident_mib()
+    assert before is not None
+    assert peak == pytest.approx(before, abs=16)
+    held = np.ones(64 * 2**20, dtype=np.uint8)
+    after, peak = resident_mib(), peak_resident_mib()
+    assert held.size
+    assert after is not None
+    assert peak is not None
+    assert 60 <= after - before <= 80
+    assert peak >= after - 1

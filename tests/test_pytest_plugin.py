@@ -87,7 +87,7 @@ def test_an_inconclusive_check_does_not_pass_and_says_what_it_needs(project):
         [
             "gate.toml::ort::latency.p99_ms INCONCLUSIVE*",
             "latency.p99_ms: *",
-            "*p99 needs at least 459 samples, has 20*",
+            "*p99 needs at least 459 samples, has *",
         ]
     )
 
@@ -104,6 +104,21 @@ def test_an_optional_engine_that_cannot_run_is_skipped_with_the_reason(project):
     result = project.runpytest("-rs")
     result.assert_outcomes(passed=3, skipped=3)
     result.stdout.fnmatch_lines(["SKIPPED*NOT RUN: backend 'tensorrt' is not installed"])
+
+
+def test_a_marker_that_skips_a_check_skips_it_with_the_reason(project):
+    project.makeconftest(
+        """
+        import pytest
+
+        def pytest_collection_modifyitems(items):
+            for item in items:
+                item.add_marker(pytest.mark.skip(reason="not today"))
+        """
+    )
+    result = project.runpytest("-rs")
+    result.assert_outcomes(skipped=3)
+    result.stdout.fnmatch_lines(["SKIPPED*gate.toml*not today"])
 
 
 def test_a_backend_that_is_missing_fails_where_it_is_not_optional(project):
@@ -237,6 +252,54 @@ def test_a_plan_that_exists_has_no_build_test():
     plan = tiny.SPEC.replace('precision = "fp32"', 'precision = "fp32"\nplan = "model.onnx"')
     file = spec_from_text(plan, path=Path("gate.toml"))
     assert check_names(file.spec.engines[0], file) == ("parity", "metamorphic")
+
+
+def test_each_batch_size_and_what_is_asked_of_it_is_a_test():
+    text = tiny.SPEC + (
+        "  [[engine.latency]]\n  batch = [1, 8]\n  p50_ms = 1.0\n"
+        "  [[engine.latency]]\n  batch = 16\n  throughput_at_least = 1.0\n  speedup = { at_least = 1.5 }\n"
+        '  regression = { against = "reference", p50 = "3 %" }\n'
+        "  [engine.stages]\n  p50_ms = { total = 1.0 }\n"
+        "  [engine.usage]\n  cpu_percent_at_most = 100.0\n"
+        "  [engine.memory]\n  engine_mib = 1.0\n"
+    )
+    file = spec_from_text(text, path=Path("gate.toml"))
+    assert check_names(file.spec.engines[0], file)[2:] == (
+        "metamorphic",
+        "latency.p50_ms[batch=1]",
+        "latency.p50_ms[batch=8]",
+        "latency.throughput[batch=16]",
+        "latency.regression_p50[batch=16]",
+        "latency.speedup[batch=16]",
+        "stages",
+        "usage",
+        "memory.engine_mib",
+    )
+
+
+def test_a_finding_of_one_batch_size_is_not_another_ones():
+    names = ("latency.p50_ms[batch=1]", "latency.p50_ms[batch=8]")
+    slow = runs.finding("latency.p50_ms[batch=8]", 2.0, 1.0)
+    result = runs.engine("ort", runs.finding("latency.p50_ms[batch=1]", 0.5, 1.0), slow)
+    assert [judge(result, name, names).status for name in names] == ["PASSED", "FAILED"]
+
+
+@pytest.mark.parametrize(("check", "reached"), [("latency", [True, True]), ("latency[batch=8]", [False, True])])
+def test_a_failure_to_measure_is_of_every_test_that_it_kept_from_being_made(check, reached):
+    names = ("latency.p50_ms[batch=1]", "latency.p50_ms[batch=8]")
+    failure = Failure(check=check, error="RunError", message="the engine hangs", evidence=Evidence.HOST)
+    result = runs.engine("ort", failure)
+    judged = [judge(result, name, names) for name in names]
+    assert [each.status for each in judged] == ["FAILED", "FAILED"]
+    assert ["not reached" not in each.lines[0] for each in judged] == reached
+
+
+def test_a_test_of_one_batch_size_without_a_finding_fails():
+    names = ("latency.p50_ms[batch=1]", "latency.p50_ms[batch=8]")
+    result = runs.engine("ort", runs.finding("latency.p50_ms[batch=1]", 0.5, 1.0))
+    judgement = judge(result, names[1], names)
+    assert judgement.status == "FAILED"
+    assert "nothing was compared" in judgement.lines[0]
 
 
 def test_limits_of_a_task_are_tests_by_the_names_of_their_findings():

@@ -20,6 +20,7 @@ from gate.statistics import (
     mcnemar_exact,
     percentile_interval,
     samples_to_resolve,
+    student_t_quantile,
 )
 
 sizes = st.integers(1, 100_000)
@@ -223,3 +224,15 @@ def test_among_the_best_breaks_ties_by_the_lower_index(scores, k, data):
     chosen = np.array([data.draw(st.integers(0, 6)) for _ in rows])
     order = np.argsort(-rows, axis=1, kind="stable")[:, :k]
     assert is_among_best(rows, chosen, k).tolist() == [each in best for each, best in zip(chosen, order, strict=True)]
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 4, 7, 11, 19, 100])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.9975, 0.9999])
+def test_students_quantile_is_that_of_scipy(p, degrees):
+    assert student_t_quantile(p, degrees) == pytest.approx(stats.t.ppf(p, degrees), rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize(("p", "degrees"), [(0.4, 4), (1.0, 4), (math.nan, 4), (0.9, 0)])
+def test_a_quantile_that_does_not_exist_is_an_error(p, degrees):
+    with pytest.raises(MeasurementError, match="no quantile"):
+        student_t_quantile(p, degrees)

@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "check": "build the engines of a spec, compare them with the reference, and give a verdict",
     "init": "write a commented gate.toml for a model factory or an ONNX file",
+    "latency": "time an engine in fresh processes, against budgets or in turn with another",
     "baseline": "accept, show and compare the stored measurements",
     "seal": "check a spec and seal the engines that passed",
     "verify": "verify a sealed bundle, step by step",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,16 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="accepted baselines (baselines)"
     )
+    parser.add_argument(
+        "--bundles",
+        type=Path,
+        default=Path("bundles"),
+        metavar="DIR",
+        help="sealed bundles of accepted engines, <model>/<engine>, to time new ones against (bundles)",
+    )
+    parser.add_argument(
+        "--max-time", type=seconds_from, metavar="S", help="measure each latency no longer than S seconds"
+    )
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument(
         "--cache", type=Path, default=Path(".gate/cache"), metavar="DIR", help="reuse what is unchanged (.gate/cache)"
@@ -72,6 +83,21 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a reference made by gate record")
     parser.add_argument("--verbose", action="store_true", help="list every finding with its limit and its source")
     parser.add_argument("--json", action="store_true", help="print report.json, one line a spec, instead of the screen")
+
+
+def seconds_from(text: str) -> float:
+    """A time above 0 in seconds, as an option's value.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"needs seconds above 0, got {text!r}")
+    return value
 
 
 def run(args: argparse.Namespace) -> ExitCode:
@@ -113,7 +139,12 @@ def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
     # Without a cache the engines still need a place until they are sealed.
     with TemporaryDirectory(prefix="gate-") if args.no_cache else nullcontext(args.cache) as cache:
         options = CheckOptions(
-            engines=tuple(args.engine), cache=Path(cache), baselines=args.baselines, reference=args.reference
+            engines=tuple(args.engine),
+            cache=Path(cache),
+            baselines=args.baselines,
+            reference=args.reference,
+            bundles=args.bundles,
+            max_time_s=args.max_time,
         )
         for index, file in enumerate(files):
             if index and not args.json:

@@ -120,18 +120,36 @@ class Decoder:
             DataError: An image cannot be read, or is not what it was when it was examined.
         """
         for row, job in zip(out, jobs, strict=True):
-            try:
-                self._fill(row, job)
-            except DataError as err:
-                raise DataError(err.message, where=job.name, hint=err.hint) from err
+            self.preprocess_into(row, self.decoded(job), job)
 
-    def _fill(self, row: Array, job: Job) -> None:
+    def decoded(self, job: Job) -> Pixels:
+        """The pixels of an image as `fill` decodes them: uint8 [H, W] or [H, W, 3], RGB, turned as EXIF says.
+
+        Raises:
+            DataError: As `fill`.
+        """
+        with _named(job):
+            return self._decoded(job)
+
+    def preprocess_into(self, row: Array, pixels: Pixels, job: Job) -> None:
+        """What `fill` does with the decoded pixels of an image, into a row of its array.
+
+        Raises:
+            DataError: They do not become the input.
+        """
+        with _named(job):
+            self._preprocess(row, pixels)
+
+    def _decoded(self, job: Job) -> Pixels:
         pixels, _ = _pixels(self._read(job))
         if pixels.shape[:2] != (job.height, job.width):
             raise DataError(
                 f"is {pixels.shape[1]} x {pixels.shape[0]} pixels and was {job.width} x {job.height} before",
                 hint="A file changed while the gate ran.",
             )
+        return pixels
+
+    def _preprocess(self, row: Array, pixels: Pixels) -> None:
         if self.dtype == "float32":
             preprocess_into(cast("npt.NDArray[np.float32]", row), pixels, self.preprocess)
             return
@@ -155,6 +173,15 @@ class Decoder:
         if isinstance(value, bytes) and not value:
             raise DataError("is empty: 0 bytes")
         return value
+
+
+@contextlib.contextmanager
+def _named(job: Job) -> Iterator[None]:
+    """An error in this block says which image it is about."""
+    try:
+        yield
+    except DataError as err:
+        raise DataError(err.message, where=job.name, hint=err.hint) from err
 
 
 @contextlib.contextmanager

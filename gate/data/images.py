@@ -349,6 +349,25 @@ class ImageSource:
         decoder.fill(values, [Job(name, name, width, height)])
         return values
 
+    def decoded(self, index: int) -> Pixels:
+        """The pixels of one image as a batch's are decoded, here and now: uint8 [H, W] or [H, W, 3], RGB.
+
+        Raises:
+            DataError: It cannot be read any more, or is not what it was when it was examined.
+        """
+        return self._pool.decoder.decoded(self._jobs[index])
+
+    def preprocessed(self, index: int, pixels: Pixels) -> Array:
+        """What `decoded` gave of that image as the model's input, [1, ...], as a batch's are preprocessed.
+
+        Raises:
+            DataError: It does not become the input.
+        """
+        decoder = self._pool.decoder
+        values = np.empty((1, *self._shapes[index]), decoder.dtype)
+        decoder.preprocess_into(values[0], pixels, self._jobs[index])
+        return values
+
     def described(self) -> dict[str, Any]:
         """Which images these are and what was done to them, for the bundle's record.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -189,6 +189,49 @@ class GpuTimed(Protocol):
 
         Raises:
             RunError: As `Runner.run`.
+        """
+        ...
+
+
+Wait = Literal["spin", "block"]
+
+
+@dataclass(frozen=True)
+class RegionTimes:
+    """What one inference took on the device and on the way there, nanoseconds; None for what did not happen.
+
+    Args:
+        gpu_compute: Between two CUDA events around the engine.
+        enqueue: The host's time to launch it.
+        h2d, d2h: Between CUDA events around the copies; None without them.
+    """
+
+    gpu_compute: int
+    enqueue: int
+    h2d: int | None = None
+    d2h: int | None = None
+
+
+@runtime_checkable
+class RegionTimed(Protocol):
+    """A runner on a GPU that can tell the regions of an inference apart."""
+
+    def region_timed(
+        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
+    ) -> Callable[[int], RegionTimes]:
+        """A call that runs one inference on one of several batches, all of the same shape, and says what it took.
+
+        Args:
+            feeds: Batches that are bound once and take turns, so that no cache holds the input.
+            transfers: Copy the inputs in from page-locked memory and the outputs back, on the engine's stream; without,
+                the batches lie on the device already and the outputs stay there.
+            wait: How the host waits for the end: `spin` or `block`.
+
+        Returns:
+            A function of the batch's index. It returns when the inference is done.
+
+        Raises:
+            RunError: As `Runner.run`; or the batches differ in shape.
         """
         ...
 

@@ -20,6 +20,15 @@ from gate.report.scores import HEADINGS as SCORE_HEADINGS
 from gate.report.scores import box_lines, score_table
 from gate.report.table import HEADINGS, device_text, rows
 from gate.report.terminal import next_command
+from gate.report.timings import (
+    LATENCY_HEADINGS,
+    STAGE_HEADINGS,
+    comparison_line,
+    latency_line,
+    region_rows,
+    resource_lines,
+    stage_rows,
+)
 from gate.results import CheckRun, EngineResult
 from gate.verdict import Failure, Finding, Status
 from gate.wording import (
@@ -30,7 +39,6 @@ from gate.wording import (
     finding_sentence,
     interval_text,
     limit_source,
-    milliseconds,
     number,
     observed_and_limit,
     status_word,
@@ -139,16 +147,20 @@ def _details(result: EngineResult, drawn: Drawn) -> Iterator[str]:
             f"max \\|d\\| {number(output.max_abs)}, rel_rmse {number(output.rel_rmse)}"
             + (f"; worst samples (relative error): {worst}" if worst else "")
         )
-    if result.latency is not None:
-        latency = result.latency
+    for latency in result.latencies:
+        yield from ("", _text(latency_line(latency)))
+        for comparison in latency.comparisons:
+            yield from ("", _text(comparison_line(comparison)))
+        if regions := [*region_rows(latency)]:
+            yield ""
+            yield from _table(LATENCY_HEADINGS, regions)
+        for note in latency.notes:
+            yield from ("", _text(note))
+    if stages := [*stage_rows(result)]:
         yield ""
-        yield (
-            f"Latency ({latency.timed}, batch {latency.batch}, n = {latency.n}, {latency.sessions} process"
-            f"{'' if latency.sessions == 1 else 'es'}, {latency.warm_up} warm-up): "
-            f"p50 {milliseconds(latency.p50_ms)} ms, p95 {milliseconds(latency.p95_ms)} ms, "
-            f"p99 {milliseconds(latency.p99_ms)} ms, "
-            f"max {milliseconds(latency.max_ms)} ms, {latency.throughput:.0f} samples/s"
-        )
+        yield from _table(STAGE_HEADINGS, stages)
+    for line in resource_lines(result):
+        yield from ("", _text(line))
     for note in (*making_lines(result), *result.notes):
         yield ""
         yield _text(note)

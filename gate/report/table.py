@@ -75,9 +75,11 @@ def task_text(result: EngineResult) -> str:
 
 
 def latency_text(result: EngineResult) -> str:
-    """`0.21 / 0.24 ms`: p50 and p95 of one batch."""
-    latency = result.latency
-    return "" if latency is None else f"{milliseconds(latency.p50_ms)} / {milliseconds(latency.p95_ms)} ms"
+    """`0.21 / 0.24 ms`: p50 and p95 of the first batch size that was timed."""
+    if not result.latencies:
+        return ""
+    latency = result.latencies[0]
+    return f"{milliseconds(latency.p50_ms)} / {milliseconds(latency.p95_ms)} ms"
 
 
 def device_text(device: Fingerprint) -> str:

@@ -18,6 +18,7 @@ from gate.report.making import making_lines, reproduce_lines
 from gate.report.scores import HEADINGS as SCORE_HEADINGS
 from gate.report.scores import box_lines, score_table
 from gate.report.table import HEADINGS, NOT_RUN_HERE, device_text, rows
+from gate.report.timings import timing_lines
 from gate.results import CheckRun, EngineResult
 from gate.verdict import Failure, Finding, Status
 from gate.wording import (
@@ -259,6 +260,7 @@ def _all_findings(result: EngineResult) -> Iterator[str]:
         if finding.status is not Status.PASSED:
             yield from _why(finding)
     yield from (f"{GAP}{line}" for line in _scores(result))
+    yield from (f"{GAP}{line}" for line in timing_lines(result))
     for note in (*making_lines(result), *result.notes):
         yield f"{GAP}{note}"
     for what, command in reproduce_lines(result):

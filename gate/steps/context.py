@@ -40,9 +40,10 @@ class Observer(Protocol):
     """Told what happens while it happens; a terminal shows progress, a test nothing."""
 
     def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> None:
-        """A stage begins: `samples`, `reference`, `export`, `lower`, `build`, `compare`, `metamorphic`, `latency`.
+        """A stage begins.
 
-        `total` is the number of steps where it is known (batches); it ends when the next begins or on `done`.
+        `samples`, `reference`, `export`, `lower`, `build`, `compare`, `metamorphic`, `stages`, `latency`, `usage` or
+        `memory`. `total` is the number of steps where it is known (batches); it ends when the next begins or on `done`.
         """
         ...
 
@@ -91,6 +92,8 @@ class CheckOptions:
         cache: Folder of the cache; None: no cache, everything is made anew in a temporary folder.
         baselines: Folder of the accepted baselines.
         reference: A folder made by `gate record`, for a host without PyTorch.
+        bundles: Folder with the sealed bundles of accepted engines, as `<model>/<engine>`, to time new ones against.
+        max_time_s: Measure the latency of an engine no longer than this; None: as the spec says.
         answered: Called with what an engine and the reference answered at a task other than classification, once for
             each of its builds, the first first; None: nobody is.
     """
@@ -99,6 +102,8 @@ class CheckOptions:
     cache: Path | None = field(default_factory=lambda: Path(".gate/cache"))
     baselines: Path = Path("baselines")
     reference: Path | None = None
+    bundles: Path = Path("bundles")
+    max_time_s: float | None = None
     answered: Callable[[Answers], None] | None = None
 
 

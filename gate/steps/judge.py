@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
-from gate.engines.interface import Backend, GpuTimed, Runner
-from gate.errors import BuildError, GateError, MeasurementError
+from gate.engines.interface import Backend, Runner
+from gate.errors import BuildError, GateError
+from gate.latency.config import latency_checks
+from gate.latency.ratio import LOOKS
+from gate.latency.stages import stage_checks
+from gate.latency.usage import usage_checks
 from gate.metamorphic import applicable_checks, metamorphic_findings
 from gate.metrics.findings import asked_limits
 from gate.rebuilds import build_differences, with_spread
 from gate.reference import batch_size
 from gate.results import EngineResult, TaskValues
-from gate.spec import EngineSpec, LatencySpec, SpecFile, located
+from gate.spec import EngineSpec, SpecFile, located
 from gate.steps.compare import Compared, compare_outputs
 from gate.steps.context import Context
+from gate.steps.latency import measured_latency, measured_usage
 from gate.steps.make import Made, make_engine, model_resources
+from gate.steps.rivals import SESSION_MEMORY, engine_memory, first_sessions, timing_of
 from gate.steps.task import task_kind
 from gate.steps.tiled import tiled_answers
-from gate.tensors import Array
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Verdict, is_covered
 
 if TYPE_CHECKING:
@@ -90,7 +94,44 @@ def _opened_and_run(
         peak.stop()
     if engine.memory is not None and engine.memory.device_peak_mib is not None:
         findings.append(_memory_finding("device_peak_mib", peak.mib, engine, run, evidence=Evidence.DEVICE))
-    return msgspec.structs.replace(result, device_peak_mib=peak.mib)
+    result = msgspec.structs.replace(result, device_peak_mib=peak.mib)
+    if not result.outputs:
+        return result
+    result = _in_fresh_processes(run, engine, result, made, findings)
+    if engine.baseline is not None:
+        result = _against_baseline(run, engine, result, result.evidence or Evidence.PREFLIGHT, findings)
+    return result
+
+
+def _in_fresh_processes(
+    run: Context, engine: EngineSpec, result: EngineResult, made: Made, findings: list[Finding | Failure]
+) -> EngineResult:
+    """What is measured in sessions: latency, usage, and the memory of engines that are loaded together."""
+    memory = engine.memory
+    in_session = () if memory is None else tuple(key for key in memory.budgets if key in SESSION_MEMORY)
+    if engine.latency is None and engine.usage is None and not in_session:
+        return result
+    timing = timing_of(run, engine, made, evidence=result.evidence or Evidence.PREFLIGHT)
+    if engine.latency is not None:
+        with run.stage("latency", engine=engine.name, total=first_sessions(engine)):
+            timed = measured_latency(timing)
+        findings.extend(timed.findings)
+        result = msgspec.structs.replace(result, latencies=timed.latencies)
+    if engine.usage is not None:
+        with run.stage("usage", engine=engine.name, total=LOOKS[0]):
+            usage, found = measured_usage(timing, engine.usage)
+        findings.extend(found)
+        result = msgspec.structs.replace(result, usage=usage)
+    if memory is not None and in_session:
+        with run.stage("memory", engine=engine.name):
+            use, problems = engine_memory(run, timing, memory)
+        findings.extend(problems)
+        if use is not None:
+            result = msgspec.structs.replace(result, memory=use.together or use.alone)
+            for key in in_session:
+                evidence = result.evidence or Evidence.PREFLIGHT
+                findings.append(_memory_finding(key, use.of(key), engine, run, evidence=evidence))
+    return result
 
 
 def _opened(run: Context, engine: EngineSpec, backend: Backend, made: Made) -> Runner:
@@ -167,16 +208,13 @@ def required_checks(engine: EngineSpec, run: Context, *, layers_listed: bool) ->
     kind = task_kind(run)
     if kind is not None and engine.task_limits is not None:
         names.extend(each.check for each in asked_limits(kind, engine, run.file))
-    if engine.latency is not None:
-        names.extend(
-            f"latency.{key}" for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms") if getattr(engine.latency, key)
-        )
-        if engine.latency.throughput_at_least is not None:
-            names.append("latency.throughput")
+    names.extend(latency_checks(engine.latency))
+    names.extend(stage_checks(engine.stages))
+    names.extend(usage_checks(engine.usage))
     if engine.baseline is not None:
         names.append("baseline")
     if engine.memory is not None:
-        names.extend(f"memory.{key}" for key in engine.memory.__struct_fields__ if getattr(engine.memory, key))
+        names.extend(f"memory.{key}" for key in engine.memory.budgets)
     return tuple(names)
 
 
@@ -265,8 +303,8 @@ def _run_engine(
         _metamorphic(run, engine, runner, evidence, findings)
         if not compared.on_device:
             _seen(peak)
-        if engine.latency is not None:
-            result = _latency(run, engine, runner, result, findings=findings)
+        if engine.stages is not None:
+            result = _stages(run, engine, runner, result, findings=findings)
     result = msgspec.structs.replace(result, host_peak_mib=host.mib)
     if engine.memory is not None and engine.memory.host_peak_mib is not None:
         findings.append(_memory_finding("host_peak_mib", host.mib, engine, run, evidence=evidence))
@@ -274,10 +312,25 @@ def _run_engine(
     scores = _scores(
         run, engine, runner, compared, evidence, findings=findings, engine_sha256=result.engine_sha256 or ""
     )
-    result = msgspec.structs.replace(result, scores=scores)
-    if engine.baseline is not None:
-        result = _against_baseline(run, engine, result, evidence, findings)
-    return result
+    return msgspec.structs.replace(result, scores=scores)
+
+
+def _stages(
+    run: Context, engine: EngineSpec, runner: Runner, result: EngineResult, *, findings: list[Finding | Failure]
+) -> EngineResult:
+    """The stages of the whole pipeline, one sample after another."""
+    from gate.steps.stages import stages_of
+
+    evidence = result.evidence or Evidence.PREFLIGHT
+    total = None if engine.stages is None else engine.stages.samples
+    with run.stage("stages", engine=engine.name, total=total):
+        try:
+            found = stages_of(run, engine, runner, evidence=evidence)
+        except GateError as err:
+            findings.extend(_failure(check, err, evidence) for check in stage_checks(engine.stages) or ("stages",))
+            return result
+    findings.extend(found.findings)
+    return msgspec.structs.replace(result, stages=found.stages, notes=(*result.notes, *found.notes))
 
 
 def _scores(
@@ -355,60 +408,6 @@ def _metamorphic(
                 ],
             )
         )
-
-
-def _latency(
-    run: Context, engine: EngineSpec, runner: Runner, result: EngineResult, *, findings: list[Finding | Failure]
-) -> EngineResult:
-    from gate.latency import latency_findings, samples_needed, summarise
-    from gate.timing import sample
-
-    asked = engine.latency or LatencySpec()
-    evidence = result.evidence or Evidence.PREFLIGHT
-    count = asked.samples or samples_needed(asked)
-    with run.stage("latency", engine=engine.name, total=count):
-        try:
-            batch = next(run.source.batches(asked.batch))
-            rows = np.arange(asked.batch) % batch.size
-            feed = {name: np.ascontiguousarray(values[rows]) for name, values in batch.inputs.items()}
-            raw = sample(
-                _timed_call(runner, feed, region=asked.timed),
-                samples=count,
-                warm_up_s=asked.warm_up_s,
-                max_time_s=asked.max_time_s,
-                observer=run.observer,
-            )
-            metrics = summarise(
-                raw.durations_ns,
-                batch=asked.batch,
-                sessions=1,
-                warm_up=raw.warm_up,
-                clock=raw.clock,
-                timed=asked.timed,
-            )
-            findings.extend(latency_findings(metrics, engine=engine, file=run.file, evidence=evidence))
-        except GateError as err:
-            findings.append(_failure("latency", err, evidence))
-            return result
-    return msgspec.structs.replace(result, latency=metrics)
-
-
-def _timed_call(
-    runner: Runner, feed: Mapping[str, Array], *, region: Literal["host_wall", "gpu_compute"]
-) -> Callable[[], int | None]:
-    """What the clock goes around, or what times itself on the device.
-
-    Raises:
-        MeasurementError: The engine cannot be timed on the device.
-    """
-    if region == "host_wall":
-        return runner.timed(feed)
-    if not isinstance(runner, GpuTimed):
-        raise MeasurementError(
-            'timed = "gpu_compute" needs an engine that runs on a GPU and can be timed there',
-            hint='Leave timed out, which is "host_wall".',
-        )
-    return runner.gpu_timed(feed)
 
 
 def _against_baseline(

@@ -204,6 +204,22 @@ def test_arrays_belong_to_the_caller(tmp_path):
         assert runner.run({"x": x})["y"].tolist() == [[6, 9]]
 
 
+@pytest.mark.parametrize("cast_io", [False, True])
+def test_timed_calls_of_one_runner_take_turns_each_on_its_own_feed(tmp_path, cast_io):
+    element = TensorProto.FLOAT16 if cast_io else TensorProto.FLOAT
+    path = write_graph(tmp_path / "a.onnx", element=element)
+    with OnnxRuntimeRunner(path, spec=SPEC, cast_io=cast_io) as runner:
+        # Nobody else holds the arrays; what is allocated afterwards would take their place.
+        calls = [runner.timed({"x": np.full((2, 3), value, np.float32)}) for value in (1, 2, 3)]
+        others = [np.full((2, 3), 77, np.float16 if cast_io else np.float32) for _ in range(100)]
+        for index in (0, 1, 2, 1, 0):
+            calls[index]()
+            runner.run({"x": others[index].astype(np.float32)})
+            cells = dict(zip(calls[index].__code__.co_freevars, calls[index].__closure__, strict=True))
+            found = cells["binding"].cell_contents.copy_outputs_to_cpu()[0]
+            np.testing.assert_array_equal(found, np.full((2, 3), index + 1, found.dtype) @ WEIGHT.astype(found.dtype))
+
+
 def test_reference_is_run_from_an_onnx_file(tmp_path):
     with reference_runner(write_graph(tmp_path / "a.onnx"), spec=SPEC) as runner:
         assert runner.run({"x": np.ones((1, 3), np.float32)})["y"].tolist() == [[6, 9]]

@@ -1,5 +1,6 @@
 """A graph on a GPU. Where there is none, the runner's own logic runs on the CPU provider, with a clock that counts."""
 
+import ctypes
 import ctypes.util
 import functools
 import importlib.util
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gate.compare_on_device import has_cuda, host_array
 from gate.engines import backend
-from gate.engines.interface import GpuTimed, OutputsOnDevice
+from gate.engines.interface import GpuTimed, OutputsOnDevice, RegionTimed, RegionTimes
 from gate.engines.onnxruntime import OnnxRuntimeRunner
 from gate.engines.onnxruntime.gpu import OnnxRuntimeGpuRunner, _left_by, _process_folder
 from gate.engines.onnxruntime.placement import RECORD_ENTRY, placed_nodes, require_placement
@@ -88,19 +89,50 @@ def write_net(path, *, extra=()):
 
 
 class CountingMemory:
-    """Streams and events whose time is how often something was recorded."""
+    """Streams and events whose time is how often something was recorded, and copies of 100; its device is the host."""
 
     def __init__(self):
         self.calls = []
+        self.blocks = {}
+        self.blocking = set()
+        self.slept = 0
         self._ticks = 0
         self._times = {}
+
+    def allocate(self, nbytes):
+        block = np.zeros(nbytes, np.uint8)
+        self.blocks[block.ctypes.data] = block
+        return block.ctypes.data
+
+    def free(self, address):
+        del self.blocks[address]
+
+    def pinned(self, nbytes):
+        return self.blocks[self.allocate(nbytes)]
+
+    def unpin(self, array):
+        self.free(array.ctypes.data)
+
+    def to_device(self, address, array, stream):
+        self._copy(address, array.ctypes.data, array.nbytes, stream)
+
+    def to_host(self, array, address, stream):
+        self._copy(array.ctypes.data, address, array.nbytes, stream)
+
+    def _copy(self, to, source, nbytes, stream):
+        assert stream == 5
+        assert all(nbytes <= self.blocks[each].nbytes for each in (to, source)), "between memory of its own"
+        ctypes.memmove(to, source, nbytes)
+        self._ticks += 100
 
     def stream(self):
         self.calls.append("stream")
         return 5
 
-    def event(self):
+    def event(self, *, blocking=False):
         self._times[len(self._times) + 100] = None
+        if blocking:
+            self.blocking.add(len(self._times) + 99)
         return len(self._times) + 99
 
     def record(self, event, stream):
@@ -109,6 +141,7 @@ class CountingMemory:
         self._times[event] = self._ticks * 1000
 
     def elapsed_ns(self, start, end):
+        self.slept += end in self.blocking
         return self._times[end] - self._times[start]
 
     def drop_event(self, event):
@@ -158,6 +191,75 @@ def test_simulated_device_gives_time_between_two_events(simulated):
     assert runner.run({"x": X})["y"].shape == (2, 10)
 
 
+def read(batch):
+    """What was copied out for a batch with transfers, or lies where its outputs were made."""
+    if batch.sinks:
+        return batch.sinks[0][0].view(np.float32).reshape(-1, 10)
+    return batch.binding.copy_outputs_to_cpu()[0]
+
+
+def batches_of(once):
+    """The batches that a function of `region_timed` has bound."""
+    cells = dict(zip(once.__code__.co_freevars, once.__closure__, strict=True))
+    return cells["batches"].cell_contents
+
+
+TURNS = [X, -X, 2 * X]
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+def test_each_batch_in_turn_is_computed_from_its_own_inputs(simulated, transfers):
+    runner, clock = simulated
+    assert isinstance(runner, RegionTimed)
+    expected = [runner.run({"x": x})["y"] for x in TURNS]
+    once = runner.region_timed([{"x": x.copy()} for x in TURNS], transfers=transfers, wait="spin")
+    blocks = set(clock.blocks)
+    for index in (0, 1, 2, 2, 0, 1):
+        for sink, _ in batches_of(once)[index].sinks:
+            sink[...] = 0
+        times = once(index)
+        copied = 101_000 if transfers else None
+        assert times == RegionTimes(gpu_compute=1000, enqueue=times.enqueue, h2d=copied, d2h=copied)
+        assert times.enqueue > 0
+        np.testing.assert_array_equal(read(batches_of(once)[index]), expected[index])
+    assert set(clock.blocks) == blocks
+    assert len(blocks) == (1 + 3 + 2 * 3 if transfers else 0)
+    del once
+    assert clock.blocks == {}
+    np.testing.assert_array_equal(runner.run({"x": X})["y"], expected[0])
+
+
+def test_host_sleeps_only_where_it_is_asked_to_block(simulated):
+    runner, clock = simulated
+    spin = runner.region_timed([{"x": X}], transfers=True, wait="spin")
+    assert clock.slept == 0
+    runner.region_timed([{"x": X}], transfers=True, wait="block")(0)
+    slept = clock.slept
+    assert slept > 0
+    spin(0)
+    assert clock.slept == slept
+
+
+def test_batches_that_cannot_take_turns_are_refused(simulated):
+    runner, clock = simulated
+    with pytest.raises(RunError, match=r"input 'x' is \[2, 3, 16, 16\] in batch 0 and \[1, 3, 16, 16\] in batch 1"):
+        runner.region_timed([{"x": X}, {"x": X[:1]}], transfers=True, wait="spin")
+    with pytest.raises(RunError, match="there is no batch to time"):
+        runner.region_timed([], transfers=False, wait="spin")
+    with pytest.raises(RunError, match="missing"):
+        runner.region_timed([{}], transfers=True, wait="spin")
+    assert clock.blocks == {}
+
+
+def test_timing_on_the_device_needs_a_library_for_events(net, monkeypatch):
+    monkeypatch.setattr("gate.engines.onnxruntime.gpu._installed_memory", lambda: None)
+    with (
+        OnTheCpu(net, spec=SPEC, precision="fp32", options=SPEC.engines[0].options) as runner,
+        pytest.raises(BackendUnavailable, match="timing on the device needs CUDA events"),
+    ):
+        runner.region_timed([{"x": X}], transfers=True, wait="spin")
+
+
 def test_outputs_that_did_not_come_to_lie_on_the_device_are_arrays(simulated, net):
     runner, _ = simulated
     assert isinstance(runner, OutputsOnDevice)
@@ -195,10 +297,13 @@ def test_an_output_on_the_device_is_described_where_it_lies():
 def test_closing_gives_stream_and_events_back_once(simulated):
     runner, clock = simulated
     once, wall = runner.gpu_timed({"x": X}), runner.timed({"x": X})
+    regions = runner.region_timed([{"x": X}], transfers=True, wait="spin")
+    assert len(clock.blocks) == 4
     runner.close()
     runner.close()
-    assert clock.calls == ["stream", "drop 100", "drop 101", "close 5"]
-    for call in (once, wall, lambda: runner.run({"x": X}), lambda: runner.run_to_device({"x": X})):
+    assert clock.calls == ["stream", "drop 100", "drop 101", "drop 102", "drop 103", "close 5"]
+    assert clock.blocks == {}
+    for call in (once, wall, lambda: regions(0), lambda: runner.run({"x": X}), lambda: runner.run_to_device({"x": X})):
         with pytest.raises(RunError, match="closed"):
             call()
 
@@ -303,6 +408,39 @@ def test_cuda_runs_every_node_that_computes_and_agrees_with_the_cpu(net, tmp_pat
         times = [runner.gpu_timed({"x": X})() for _ in range(3)]
         assert not np.allclose(runner.run({"x": -X})["y"], expected)
     assert all(0 < each < 1_000_000_000 for each in times)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_regions_of_batches_in_turn_on_the_gpu(net, provider):
+    require_cuda_provider()
+    if provider == "tensorrt" and not (
+        importlib.util.find_spec("tensorrt_libs") or ctypes.util.find_library("nvinfer")
+    ):
+        pytest.skip("TensorRT is not installed")
+    spec = make_spec("tf32", provider=provider)
+    feeds = [{"x": x} for x in TURNS]
+    with backend("onnxruntime").open(net, spec=spec, engine=spec.engines[0]) as runner:
+        expected = [runner.run(feed)["y"] for feed in feeds]
+        for wait in ("spin", "block"):
+            once = runner.region_timed(feeds, transfers=True, wait=wait)
+            for turn in range(12):
+                batch = batches_of(once)[turn % 3]
+                batch.sinks[0][0][...] = 0
+                times = once(turn % 3)
+                assert min(times.h2d, times.gpu_compute, times.d2h, times.enqueue) > 0
+                np.testing.assert_allclose(read(batch), expected[turn % 3], rtol=1e-3, atol=1e-3)
+        once = runner.region_timed(feeds, transfers=False, wait="spin")
+        for turn in range(6):
+            times = once(turn % 3)
+            assert min(times.gpu_compute, times.enqueue) > 0
+            assert (times.h2d, times.d2h) == (None, None)
+            np.testing.assert_allclose(read(batches_of(once)[turn % 3]), expected[turn % 3], rtol=1e-3, atol=1e-3)
+        call = runner.gpu_timed(feeds[0])
+        pairs = np.array([(call(), once(turn % 3).gpu_compute) for turn in range(200)])
+        alone, turns = np.median(pairs, axis=0)
+        assert turns == pytest.approx(alone, rel=0.1)
+        np.testing.assert_array_equal(runner.run(feeds[0])["y"], expected[0])
 
 
 @pytest.mark.gpu

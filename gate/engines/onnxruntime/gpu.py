@@ -9,11 +9,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any
 
+import numpy as np
+
 from gate.device import fingerprint
+from gate.engines.interface import RegionTimes, Wait
 from gate.engines.onnxruntime.placement import (
     CPU_NODES_AT_MOST,
     placed_nodes,
@@ -29,8 +35,11 @@ from gate.engines.onnxruntime.providers import (
 )
 from gate.engines.onnxruntime.runner import OnnxRuntimeRunner, read_model
 from gate.engines.onnxruntime.session import open_session, provider_list
-from gate.engines.tensorrt.device_array import DeviceArray
-from gate.engines.tensorrt.memory import Memory, memory
+from gate.engines.regions import region_times, require_alike
+from gate.engines.tensorrt.buffers import Buffers
+from gate.engines.tensorrt.device_array import DeviceArray, nbytes_of
+from gate.engines.tensorrt.loaded import BFLOAT16
+from gate.engines.tensorrt.memory import Memory, four_events, memory
 from gate.errors import BackendUnavailable, BuildError, RunError
 from gate.spec import EngineOptions, GateSpec
 from gate.tensors import Array, NamedArrays
@@ -41,7 +50,27 @@ _RETURN_EARLY = "disable_synchronize_execution_providers"
 Source: onnxruntime_run_options_config_keys.h, kOrtRunOptionsConfigDisableSynchronizeExecutionProviders.
 """
 
+_BFLOAT16_IN_ONNX = 16
+"""Source: `TensorProto.DataType` of ONNX. NumPy has no such type to name it by."""
+
 _CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that is bound, and what is copied where for it.
+
+    Args:
+        binding: ONNX Runtime's IOBinding.
+        held: What must outlive it.
+        sources: Page-locked arrays, each with the address that it is copied to.
+        sinks: Page-locked arrays, each with the address that it is copied from.
+    """
+
+    binding: Any
+    held: tuple[Any, ...] = ()
+    sources: tuple[tuple[Array, int], ...] = ()
+    sinks: tuple[tuple[Array, int], ...] = ()
 
 
 class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
@@ -84,7 +113,8 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
         self._scratch: Path | None = None
         self._memory = device_memory if device_memory is not None else _installed_memory()
         self._stream: int | None = self._memory.stream() if self._memory is not None else None
-        self._events: tuple[int, int] | None = None
+        self._events: dict[Wait, tuple[int, int, int, int]] = {}
+        self._releases: list[weakref.finalize[..., Any]] = []
         self._left: object = None
         self.told: dict[str, str] = {}
         self.counts: dict[str, int] = {}
@@ -141,38 +171,71 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
             RunError: As `run`.
             BackendUnavailable: No library for CUDA events is installed.
         """
+        once = self.region_timed([feed_dict], transfers=False, wait="spin")
+        return lambda: once(0).gpu_compute
+
+    def region_timed(
+        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
+    ) -> Callable[[int], RegionTimes]:
+        """The regions of an inference on one of several batches, between CUDA events on the stream that the provider runs on.
+
+        ONNX Runtime's own copies (`OrtValue.update_inplace`, binding an array) are not in the order of that stream, so
+        the copies of a run with transfers are the runner's: from page-locked arrays of each batch to one buffer that is
+        bound by address, and from a buffer that each output is bound to. An output that the provider leaves on the
+        host is not copied. Every batch is bound once, with outputs of its own.
+
+        Raises:
+            RunError: As `run`, or the batches differ in shape.
+            BackendUnavailable: No library for CUDA events is installed.
+        """
         import onnxruntime
 
-        session = self._open_session()
-        clock, stream = self._memory, self._stream
-        if clock is None or stream is None:
-            raise BackendUnavailable(
-                "timing on the device needs CUDA events, and neither cuda-python nor PyTorch with CUDA is installed",
-                hint='pip install "trt-gate[gpu]"',
-            )
-        binding = session.io_binding()
-        for name, array in self._required_feed(feed_dict).items():
-            binding.bind_ortvalue_input(name, self._on_device(array))
-        for name in self._outputs:
-            binding.bind_output(name, self._device, 0)
-        binding.synchronize_inputs()
+        self._open_session()
+        clock, stream = self._clock()
+        if wait not in self._events:
+            self._events[wait] = four_events(clock, blocking=wait == "block")
+        events = self._events[wait]
+        first, start, end, last = events
+        every = [self._required_feed(feed) for feed in feeds]
+        require_alike(every, where=self._where)
         settings = onnxruntime.RunOptions()
         settings.add_run_config_entry(_RETURN_EARLY, "1")
-        if self._events is None:
-            self._events = (clock.event(), clock.event())
-        start, end = self._events
+        own = Buffers(clock)
 
-        def once() -> int:
+        def once(index: int) -> RegionTimes:
             session = self._open_session()
+            batch = batches[index]
+            if transfers:
+                clock.record(first, stream)
+                for source, address in batch.sources:
+                    clock.to_device(address, source, stream)
             clock.record(start, stream)
             try:
-                session.run_with_iobinding(binding, settings)
+                before = perf_counter_ns()
+                session.run_with_iobinding(batch.binding, settings)
+                enqueue = perf_counter_ns() - before
             except Exception as err:
                 raise self._failed(err) from err
             clock.record(end, stream)
-            return clock.elapsed_ns(start, end)
+            if transfers:
+                for sink, address in batch.sinks:
+                    clock.to_host(sink, address, stream)
+                clock.record(last, stream)
+            return region_times(clock.elapsed_ns, events, enqueue=enqueue, transfers=transfers)
 
-        once()
+        try:
+            batches = [
+                self._copied(feed, own, index=index) if transfers else self._resident(feed)
+                for index, feed in enumerate(every)
+            ]
+            for index in range(len(batches)):
+                once(index)
+        except BaseException:
+            own.close()
+            raise
+        release = weakref.finalize(once, own.close)
+        release.atexit = False
+        self._releases = [*(each for each in self._releases if each.alive), release]
         return once
 
     def run_to_device(self, feed_dict: NamedArrays) -> dict[str, Any]:
@@ -217,15 +280,83 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
         self._left = None
         super().close()
         clock, self._memory = self._memory, None
+        for release in self._releases:
+            release()
         if clock is not None:
-            for event in self._events or ():
+            for event in [each for four in self._events.values() for each in four]:
                 clock.drop_event(event)
             if self._stream is not None:
                 clock.close(self._stream)
-        self._events = self._stream = None
+        self._events, self._stream = {}, None
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
+
+    def _clock(self) -> tuple[Memory, int]:
+        if self._memory is None or self._stream is None:
+            raise BackendUnavailable(
+                "timing on the device needs CUDA events, and neither cuda-python nor PyTorch with CUDA is installed",
+                hint='pip install "trt-gate[gpu]"',
+            )
+        return self._memory, self._stream
+
+    def _resident(self, feed: Mapping[str, Array]) -> _Batch:
+        """A batch that lies on the device, and whose outputs stay there.
+
+        Raises:
+            RunError: The runtime failed.
+        """
+        session = self._open_session()
+        try:
+            values = {name: self._on_device(array) for name, array in feed.items()}
+            binding = session.io_binding()
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                binding.bind_output(name, self._device, 0)
+            binding.synchronize_inputs()
+        except Exception as err:
+            raise self._failed(err) from err
+        return _Batch(binding, held=tuple(values.values()))
+
+    def _copied(self, feed: Mapping[str, Array], own: Buffers, *, index: int) -> _Batch:
+        """A batch in page-locked memory, bound to the buffers that it is copied to and its outputs from.
+
+        What shapes the outputs have, and where the provider makes them, is seen in one inference.
+
+        Raises:
+            RunError: The runtime failed, or there is too little memory.
+        """
+        clock, stream = self._clock()
+        session = self._open_session()
+        sources, sinks = [], []
+        try:
+            binding = session.io_binding()
+            for name, array in feed.items():
+                source = own.pinned(f"{index} {name}", dtype=array.dtype.name, shape=array.shape, nbytes=array.nbytes)
+                source[...] = array
+                address = own.device(name, array.nbytes)
+                binding.bind_input(name, self._device, 0, array.dtype.type, list(array.shape), address)
+                clock.to_device(address, source, stream)
+                sources.append((source, address))
+            for name in self._outputs:
+                binding.bind_output(name, self._device, 0)
+            session.run_with_iobinding(binding)
+            for meta, value in zip(self._outputs.values(), binding.get_outputs(), strict=True):
+                shape = tuple(value.shape())
+                nbytes = nbytes_of(meta.dtype, shape)
+                if value.device_name() != self._device or not nbytes:
+                    continue
+                key = f"{index} out {meta.name}"
+                address = own.device(key, nbytes)
+                kind = _BFLOAT16_IN_ONNX if meta.dtype == BFLOAT16 else np.dtype(meta.dtype).type
+                binding.bind_output(meta.name, self._device, 0, kind, list(shape), address)
+                sinks.append((own.pinned(key, dtype="uint8", shape=(nbytes,), nbytes=nbytes), address))
+        except RunError:
+            raise
+        except Exception as err:
+            raise self._failed(err) from err
+        return _Batch(binding, sources=tuple(sources), sinks=tuple(sinks))
 
     def _on_device(self, array: Array) -> Any:
         import onnxruntime

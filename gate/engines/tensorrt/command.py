@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gate.engines.interface import BuildRecord
-from gate.spec import AxisRange, EngineSpec, GateSpec, InputSpec, LatencySpec
+from gate.latency.config import Cell, LatencySpec, timed_tables
+from gate.spec import AxisRange, EngineSpec, GateSpec, InputSpec
 
 _HARDWARE = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}
 _DEFAULT_ITERATIONS = 200
@@ -134,9 +135,11 @@ def run_command(plan: Path, *, spec: GateSpec, engine: EngineSpec, record: Build
         None where the tool cannot: no profile holds the shapes, or it cannot choose that profile, before TensorRT 10.
     """
     name, major = record.backend, major_of(record.backend, record.backend_version)
-    latency = engine.latency or LatencySpec()
+    tables = timed_tables(engine.latency)
+    latency = tables[0].spec if tables else LatencySpec()
+    cell = tables[0].cells[0] if tables else Cell(batch=1)
     shapes = {
-        key: tuple(latency.batch if axis == 0 else size for axis, size in enumerate(each.sized("opt")))
+        key: tuple(cell.batch if axis == 0 else size for axis, size in enumerate(each.sized("opt")))
         for key, each in spec.inputs.items()
         if each.axes
     }

@@ -52,8 +52,12 @@ class Memory(Protocol):
         """Whether a kernel can read the address: device or managed memory."""
         ...
 
-    def event(self) -> int:
-        """A new event that takes the time."""
+    def event(self, *, blocking: bool = False) -> int:
+        """A new event that takes the time.
+
+        Args:
+            blocking: Who waits for it sleeps; left out, it spins. Source: `cudaEventBlockingSync` of the CUDA runtime API.
+        """
         ...
 
     def record(self, event: int, stream: int) -> None:
@@ -61,7 +65,7 @@ class Memory(Protocol):
         ...
 
     def elapsed_ns(self, start: int, end: int) -> int:
-        """Wait for the second event; the nanoseconds between both, with CUDA's resolution of about 500."""
+        """Wait for the second event, in its way; the nanoseconds between both, with CUDA's resolution of about 500."""
         ...
 
     def drop_event(self, event: int) -> None:
@@ -106,6 +110,17 @@ def memory() -> Memory:
         "running a plan needs device memory, and neither cuda-python nor PyTorch with CUDA is installed",
         hint='pip install "trt-gate[gpu]"',
     )
+
+
+def four_events(found: Memory, *, blocking: bool) -> tuple[int, int, int, int]:
+    """Events for the bounds of copies in, compute and copies out.
+
+    Args:
+        found: What gives them, and takes them back.
+        blocking: As `Memory.event`.
+    """
+    first, start, end, last = (found.event(blocking=blocking) for _ in range(4))
+    return first, start, end, last
 
 
 class _CudaMemory:
@@ -155,8 +170,9 @@ class _CudaMemory:
         attributes = self._call("cudaPointerGetAttributes", address)
         return attributes.type in (kinds.cudaMemoryTypeDevice, kinds.cudaMemoryTypeManaged)
 
-    def event(self) -> int:
-        return int(self._call("cudaEventCreate"))
+    def event(self, *, blocking: bool = False) -> int:
+        flags = self._cuda.cudaEventBlockingSync if blocking else self._cuda.cudaEventDefault
+        return int(self._call("cudaEventCreateWithFlags", flags))
 
     def record(self, event: int, stream: int) -> None:
         self._call("cudaEventRecord", event, stream)
@@ -279,10 +295,10 @@ class _TorchMemory:
             return False
         return True
 
-    def event(self) -> int:
+    def event(self, *, blocking: bool = False) -> int:
         import torch
 
-        return self._keep(self._events, torch.cuda.Event(enable_timing=True))
+        return self._keep(self._events, torch.cuda.Event(enable_timing=True, blocking=blocking))
 
     def record(self, event: int, stream: int) -> None:
         with _as_run_error():

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter_ns
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from gate.engines.feed import require_feed, require_inputs
+from gate.engines.interface import RegionTimes, Wait
+from gate.engines.regions import region_times, require_alike
 from gate.engines.tensorrt.buffers import Buffers, output_allocator
 from gate.engines.tensorrt.device_array import DeviceArray, DeviceInput, device_input, nbytes_of
 from gate.engines.tensorrt.loaded import BFLOAT16, LoadedPlan, Profile
-from gate.engines.tensorrt.memory import Memory, memory
+from gate.engines.tensorrt.memory import Memory, four_events, memory
 from gate.errors import RunError
 from gate.spec import GateSpec
 from gate.tensors import Array, NamedArrays, TensorMeta
@@ -28,13 +32,17 @@ class _Bound:
 
     Args:
         feed: As given, in the engine's dtypes.
-        inputs: Per input its page-locked array and its address on the device.
-        outputs: The same per output whose shape does not depend on values.
+        inputs: The page-locked array of each input that is copied in.
+        outputs: The page-locked array of each output whose shape does not depend on values.
+        own: What holds the memory of the batches that this one takes turns with, if it does.
+        resident: The address of each input that lies on the device for good, in memory of the batch's own.
     """
 
     feed: Mapping[str, Array]
-    inputs: dict[str, tuple[Array, int]] = field(default_factory=dict)
-    outputs: dict[str, tuple[Array, int]] = field(default_factory=dict)
+    inputs: dict[str, Array] = field(default_factory=dict)
+    outputs: dict[str, Array] = field(default_factory=dict)
+    own: Buffers | None = None
+    resident: dict[str, int] = field(default_factory=dict)
 
 
 class TensorRTRunner:
@@ -71,8 +79,10 @@ class TensorRTRunner:
         self._memory: Memory | None = None
         self._stream: int | None = None
         self._context: Any = None
-        self._events: list[int] = []
+        self._events: dict[Wait, tuple[int, int, int, int]] = {}
+        self._releases: list[weakref.finalize[..., Any]] = []
         self._graph: int | None = None
+        self._parked: dict[_Bound, int] = {}
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._by_values: set[str] = set()
@@ -161,29 +171,57 @@ class TensorRTRunner:
         Raises:
             RunError: As `run`.
         """
-        bound = self._bind(feed_dict)
+        once = self.region_timed([feed_dict], transfers=False, wait="spin")
+        return lambda: once(0).gpu_compute
+
+    def region_timed(
+        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
+    ) -> Callable[[int], RegionTimes]:
+        """The regions of an inference on one of several batches, between CUDA events on the runner's stream.
+
+        With transfers every batch has a page-locked array of its own, copied to the one buffer that the engine reads. Without,
+        every batch has a buffer of its own, and a CUDA graph of its own where one was asked for: its address is set, or its
+        graph chosen, before the clock starts. Both are freed with the function, or when the runner is closed.
+
+        Raises:
+            RunError: As `run`, or the batches differ in shape.
+        """
         memory, stream = self._opened()
-        while len(self._events) < 2:
-            self._events.append(memory.event())
-        start, end = self._events
-        is_copied = False
+        if wait not in self._events:
+            self._events[wait] = four_events(memory, blocking=wait == "block")
+        events = self._events[wait]
+        first, start, end, last = events
+        own = Buffers(memory)
 
-        def once() -> int:
-            nonlocal is_copied
+        def once(index: int) -> RegionTimes:
             self._opened()
+            batch = batches[index]
             with self._recovering():
-                if self._bound is not bound or not is_copied:
-                    self._place(bound)
-                    self._copy_in(bound)
-                    is_copied = True
+                self._turn_to(batch)
                 self._capture()
-                memory.synchronize(stream)
+                if transfers:
+                    memory.record(first, stream)
+                    self._copy_in(batch)
                 memory.record(start, stream)
+                before = perf_counter_ns()
                 self._execute()
+                enqueue = perf_counter_ns() - before
                 memory.record(end, stream)
-                return memory.elapsed_ns(start, end)
+                if transfers:
+                    self._copy_out(batch)
+                    memory.record(last, stream)
+                return region_times(memory.elapsed_ns, events, enqueue=enqueue, transfers=transfers)
 
-        once()
+        try:
+            batches = self._batches(feeds, own, transfers=transfers)
+            for index in range(len(batches)):
+                once(index)
+        except BaseException:
+            own.close()
+            raise
+        release = weakref.finalize(once, own.close)
+        release.atexit = False
+        self._releases = [*(each for each in self._releases if each.alive), release]
         return once
 
     def run_on_device(self, feed_dict: Mapping[str, Any]) -> dict[str, DeviceArray]:
@@ -203,6 +241,7 @@ class TensorRTRunner:
         given = self._device_feed(feed_dict)
         self._bound = None
         with self._recovering():
+            self._drop_parked()
             self._set_shapes({name: each.shape for name, each in given.items()})
             for name, each in given.items():
                 if each.stream is not None:
@@ -227,7 +266,7 @@ class TensorRTRunner:
             self._capture()
             self._execute()
             memory.synchronize(stream)
-            return self._left({name: array.shape for name, (array, _) in bound.outputs.items()})
+            return self._left({name: array.shape for name, array in bound.outputs.items()})
 
     def fresh(self) -> TensorRTRunner:
         """Another runner, with a context, a stream and buffers of its own, closed on its own.
@@ -259,11 +298,15 @@ class TensorRTRunner:
                     memory.synchronize(stream)
             with contextlib.suppress(RunError):
                 self._drop_graph()
-            for event in self._events:
+            with contextlib.suppress(RunError):
+                self._drop_parked()
+            for event in [each for four in self._events.values() for each in four]:
                 with contextlib.suppress(RunError):
                     memory.drop_event(event)
         self._context = self._bound = self._allocator = None
         if memory is not None:
+            for release in self._releases:
+                release()
             self._buffers.close()
             if stream is not None:
                 with contextlib.suppress(RunError):
@@ -294,6 +337,8 @@ class TensorRTRunner:
             self._addresses = {}
             with contextlib.suppress(RunError):
                 self._drop_graph()
+            with contextlib.suppress(RunError):
+                self._drop_parked()
             raise
 
     def _bind(self, feed_dict: NamedArrays) -> _Bound:
@@ -306,18 +351,65 @@ class TensorRTRunner:
     def _place(self, bound: _Bound) -> None:
         """Make it the current one: shapes, buffers and addresses, and its inputs in page-locked memory."""
         self._bound = None
+        self._drop_parked()
         self._set_shapes({name: array.shape for name, array in bound.feed.items()})
         for name, array in bound.feed.items():
-            address = self._buffers.device(name, array.nbytes)
-            staged = self._pinned(name, array.dtype.name, array.shape)
-            staged[...] = array
-            bound.inputs[name] = (staged, address)
-            self._set_address(name, address)
+            if bound.own is None:
+                bound.inputs[name] = self._staged(name, array)
+            self._set_address(name, bound.resident.get(name) or self._buffers.device(name, array.nbytes))
         bound.outputs = {
-            name: (self._pinned(name, self._outputs[name].dtype, shape), self._addresses[name])
-            for name, shape in self._place_outputs().items()
+            name: self._pinned(name, self._outputs[name].dtype, shape) for name, shape in self._place_outputs().items()
         }
         self._bound = bound
+
+    def _batches(self, feeds: Sequence[NamedArrays], own: Buffers, *, transfers: bool) -> list[_Bound]:
+        """Batches that take turns, with memory of their own: page-locked, or on the device where there are no transfers.
+
+        Raises:
+            RunError: One does not fit, they differ in shape, or there is too little memory.
+        """
+        memory, stream = self._opened()
+        batches = [
+            _Bound(require_feed(feed, self._inputs, spec=self._spec, cast_io=self._cast_io), own=own) for feed in feeds
+        ]
+        require_alike([batch.feed for batch in batches], where=self._where)
+        self._bound = None  # the current one's page-locked memory is staged to
+        for index, batch in enumerate(batches):
+            for name, array in batch.feed.items():
+                key = f"{index} {name}"
+                if transfers:
+                    source = own.pinned(key, dtype=array.dtype.name, shape=array.shape, nbytes=array.nbytes)
+                    source[...] = array
+                    batch.inputs[name] = source
+                else:
+                    batch.resident[name] = own.device(key, array.nbytes)
+                    memory.to_device(batch.resident[name], self._staged(name, array), stream)
+                    memory.synchronize(stream)
+        return batches
+
+    def _turn_to(self, batch: _Bound) -> None:
+        """Make a batch the current one. After one that it takes turns with, that is an address, or nothing at all."""
+        current = self._bound
+        if current is batch:
+            return
+        if current is None or current.own is not batch.own:
+            self._place(batch)
+            return
+        self._bound = None
+        if batch.resident:
+            if self._graph is not None:
+                self._parked[current], self._graph = self._graph, None
+            for name, address in batch.resident.items():
+                self._set_address(name, address)
+            self._graph = self._parked.pop(batch, None)
+        batch.outputs = current.outputs
+        self._bound = batch
+
+    def _staged(self, name: str, array: Array) -> Array:
+        """An input in the runner's page-locked memory."""
+        staged = self._pinned(name, array.dtype.name, array.shape)
+        staged[...] = array
+        return staged
 
     def _set_shapes(self, shapes: Mapping[str, Shape]) -> None:
         memory, stream = self._opened()
@@ -406,8 +498,8 @@ class TensorRTRunner:
 
     def _copy_in(self, bound: _Bound) -> None:
         memory, stream = self._opened()
-        for array, address in bound.inputs.values():
-            memory.to_device(address, array, stream)
+        for name, array in bound.inputs.items():
+            memory.to_device(self._addresses[name], array, stream)
 
     def _infer(self, bound: _Bound) -> dict[str, Array]:
         """Both copies and the inference between; the outputs in page-locked memory."""
@@ -415,14 +507,22 @@ class TensorRTRunner:
         self._copy_in(bound)
         self._capture()
         self._execute()
-        outputs = dict(bound.outputs)
-        for name, shape in self._dynamic_shapes().items():
-            outputs[name] = (self._pinned(name, self._outputs[name].dtype, shape), self._buffers.device(name, 0))
-        for array, address in outputs.values():
-            if array.nbytes:
-                memory.to_host(array, address, stream)
+        outputs = self._copy_out(bound)
         memory.synchronize(stream)
-        return {name: array for name, (array, _) in outputs.items()}
+        return outputs
+
+    def _copy_out(self, bound: _Bound) -> dict[str, Array]:
+        """The page-locked arrays that the outputs come to lie in when the stream gets there."""
+        memory, stream = self._opened()
+        for name, array in bound.outputs.items():
+            if array.nbytes:
+                memory.to_host(array, self._addresses[name], stream)
+        dynamic: dict[str, Array] = {}
+        for name, shape in self._dynamic_shapes().items():
+            array = dynamic[name] = self._pinned(name, self._outputs[name].dtype, shape)
+            if array.nbytes:
+                memory.to_host(array, self._buffers.device(name, 0), stream)
+        return {**bound.outputs, **dynamic}
 
     def _execute(self) -> None:
         memory, stream = self._opened()
@@ -512,6 +612,11 @@ class TensorRTRunner:
         graph, self._graph = self._graph, None
         if graph is not None and self._memory is not None:
             self._memory.drop_graph(graph)
+
+    def _drop_parked(self) -> None:
+        """Give the graphs back of batches that are not the current one."""
+        while self._parked and self._memory is not None:
+            self._memory.drop_graph(self._parked.popitem()[1])
 
     def _device_feed(self, feed_dict: Mapping[str, Any]) -> dict[str, DeviceInput]:
         """What lies on the device, held against the engine's inputs.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter_ns
 from types import TracebackType
 from typing import Any
 
 from gate.chatter import quiet
 from gate.engines.feed import metas_from_spec, require_feed
+from gate.engines.interface import RegionTimes, Wait
+from gate.engines.regions import region_times, require_alike
 from gate.engines.torch import arithmetic
 from gate.engines.torch.module import Mode, least_feed
 from gate.engines.torch.runner import array_from, metas_of, named_outputs, tensor_from
@@ -189,21 +192,63 @@ class CudaTorchEngineRunner(TorchEngineRunner):
         Raises:
             RunError: As `run`.
         """
-        import torch
+        once = self.region_timed([feed_dict], transfers=False, wait="spin")
+        return lambda: once(0).gpu_compute
 
-        function = self._open_function()
-        tensors = self._on_device(self._host_tensors(feed_dict))
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def region_timed(
+        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
+    ) -> Callable[[int], RegionTimes]:
+        """The regions of an inference on one of several batches, between CUDA events on PyTorch's current stream.
 
-        def once() -> int:
+        With transfers every batch is in page-locked memory, and copied to tensors that all of them share; bringing
+        outputs back to the FP32 model's dtypes, which is done on the device, counts as copying out. Without, every batch
+        lies on the device.
+
+        Raises:
+            RunError: As `run`, or the batches differ in shape.
+        """
+        self._open_function()
+        batches = [self._host_tensors(feed) for feed in feeds]
+        require_alike([dict(zip(self._inputs, batch, strict=True)) for batch in batches], where=self._where)
+        blocking = wait == "block"
+        first, start, end, last = events = (
+            self._event(blocking=blocking),
+            self._event(blocking=blocking),
+            self._event(blocking=blocking),
+            self._event(blocking=blocking),
+        )
+        placed = [self._on_device(batch) for batch in (batches[:1] if transfers else batches)]
+        sinks: dict[tuple[Any, ...], Any] = {}
+
+        def measured(index: int) -> RegionTimes:
+            function = self._open_function()
+            tensors = placed[0 if transfers else index]
+            if transfers:
+                first.record()
+                for tensor, source in zip(tensors, batches[index], strict=True):
+                    tensor.copy_(source, non_blocking=True)
             start.record()
-            self._called(function, tensors)
+            before = perf_counter_ns()
+            result = self._called(function, tensors)
+            enqueue = perf_counter_ns() - before
             end.record()
-            end.synchronize()
-            elapsed_ms: float = start.elapsed_time(end)
-            return round(elapsed_ms * _NS_PER_MS)
+            if transfers:
+                for name, value in self._widened(result).items():
+                    key = (name, value.dtype, value.shape)
+                    if key not in sinks:
+                        sinks[key] = self._page_locked(value)
+                    sinks[key].copy_(value, non_blocking=True)
+                last.record()
+            return region_times(_elapsed_ns, events, enqueue=enqueue, transfers=transfers)
 
-        once()
+        def once(index: int) -> RegionTimes:
+            try:
+                return measured(index)
+            except RuntimeError as err:
+                raise failure_of(err, where=self._where, error=RunError, doing=f"PyTorch ({self._mode})") from err
+
+        for index in range(len(batches)):
+            once(index)
         return once
 
     def run_to_device(self, feed_dict: NamedArrays) -> dict[str, Any]:
@@ -237,3 +282,22 @@ class CudaTorchEngineRunner(TorchEngineRunner):
 
     def _on_device(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(tensor.to("cuda", non_blocking=True) for tensor in tensors)
+
+    def _event(self, *, blocking: bool) -> Any:
+        """A CUDA event that takes the time; who waits for it sleeps, or spins."""
+        import torch
+
+        return torch.cuda.Event(enable_timing=True, blocking=blocking)
+
+    def _page_locked(self, like: Any) -> Any:
+        """New page-locked memory for a copy of a tensor."""
+        import torch
+
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def _elapsed_ns(start: Any, end: Any) -> int:
+    """Wait for the second event; the nanoseconds between both."""
+    end.synchronize()
+    elapsed_ms: float = start.elapsed_time(end)
+    return round(elapsed_ms * _NS_PER_MS)

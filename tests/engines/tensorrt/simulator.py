@@ -54,6 +54,7 @@ class Device:
         self.pinned = {}
         self.streams = set()
         self.events = {}
+        self.blocking = set()  # events whose waiter sleeps
         self.graphs = {}
         self.next = 1 << 20
         self.now_ns = 0
@@ -61,6 +62,10 @@ class Device:
         self.launches = 0
         self.captures = 0
         self.copies_in = 0
+        self.copies_out = 0
+        self.shapes_set = 0
+        self.addresses_set = 0
+        self.slept = 0
         self.waited = []
         self.broken = False  # every call fails, as after a sticky error
         self.allocations = 1000  # that are left
@@ -124,11 +129,14 @@ class SimulatedMemory:
         assert any(array.ctypes.data == start for start in self.on.pinned), "copies go through page-locked memory"
         assert stream in self.on.streams
         self.on.copies_in += 1
+        self.on.now_ns += 100
         self.on.bytes_at(address, array.nbytes)[:] = array.tobytes()
 
     def to_host(self, array, address, stream):
         self._handle()
         assert stream in self.on.streams
+        self.on.copies_out += 1
+        self.on.now_ns += 10
         array.reshape(-1).view(np.uint8)[...] = np.frombuffer(self.on.bytes_at(address, array.nbytes), np.uint8)
 
     def synchronize(self, stream):
@@ -138,9 +146,11 @@ class SimulatedMemory:
     def is_on_device(self, address):
         return any(start <= address < start + len(block) for start, block in self.on.blocks.items())
 
-    def event(self):
+    def event(self, *, blocking=False):
         handle = self._handle()
         self.on.events[handle] = None
+        if blocking:
+            self.on.blocking.add(handle)
         return handle
 
     def record(self, event, stream):
@@ -149,6 +159,7 @@ class SimulatedMemory:
 
     def elapsed_ns(self, start, end):
         self._handle()
+        self.on.slept += end in self.on.blocking
         return self.on.events[end] - self.on.events[start]
 
     def drop_event(self, event):
@@ -317,6 +328,7 @@ class SimulatedContext:
         low, _, high = self.engine.told["profiles"][self.active_optimization_profile]
         if self.engine.told["fails"] == "shape" or not low <= shape[0] <= high:
             return False
+        self.engine.trt.device.shapes_set += 1
         self.shapes[name] = tuple(shape)
         return True
 
@@ -326,6 +338,7 @@ class SimulatedContext:
         return {"x": (rows, 3), "kept": self.last_kept}.get(name, (rows, 2))
 
     def set_tensor_address(self, name, address):
+        self.engine.trt.device.addresses_set += 1
         self.addresses[name] = address
         return True
 

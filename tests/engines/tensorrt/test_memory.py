@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gate.engines.tensorrt.buffers import Buffers
-from gate.engines.tensorrt.memory import _CudaMemory, _TorchMemory, memory
+from gate.engines.tensorrt.memory import _CudaMemory, _TorchMemory, four_events, memory
 from gate.errors import BackendUnavailable, RunError
 from tests.engines.tensorrt.simulator import Device, SimulatedMemory
 
@@ -28,6 +28,8 @@ class SimulatedRuntime:
 
     cudaMemcpyKind = Kind  # noqa: N815
     cudaHostAllocDefault = 0  # noqa: N815
+    cudaEventDefault = 0  # noqa: N815
+    cudaEventBlockingSync = 1  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
     cudaMemoryType = SimpleNamespace(cudaMemoryTypeDevice=2, cudaMemoryTypeManaged=3)  # noqa: N815
 
@@ -43,7 +45,7 @@ class SimulatedRuntime:
             self.calls.append((name, *arguments))
             gives = {
                 "cudaStreamCreate": 11,
-                "cudaEventCreate": 12,
+                "cudaEventCreateWithFlags": 12,
                 "cudaStreamEndCapture": 13,
                 "cudaGraphInstantiate": 14,
                 "cudaEventElapsedTime": 1.5,
@@ -102,6 +104,11 @@ def test_events_and_graphs_are_made_and_given_back():
     cuda = SimulatedRuntime()
     found = _CudaMemory(cuda)
     event = found.event()
+    found.event(blocking=True)
+    assert [call for call in cuda.calls if "Event" in call[0]] == [
+        ("cudaEventCreateWithFlags", 0),
+        ("cudaEventCreateWithFlags", 1),
+    ]
     found.record(event, 11)
     assert found.elapsed_ns(event, event) == 1_500_000
     found.drop_event(event)
@@ -161,8 +168,9 @@ def test_buffer_that_cannot_grow_is_forgotten():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("blocking", [False, True])
 @pytest.mark.parametrize("kind", [_CudaMemory, _TorchMemory])
-def test_gpu_copies_times_and_replays(kind):
+def test_gpu_copies_times_and_replays(kind, blocking):
     if kind is _TorchMemory:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
@@ -177,7 +185,7 @@ def test_gpu_copies_times_and_replays(kind):
     assert found.is_on_device(address)
     assert not found.is_on_device(np.zeros(1).ctypes.data)
     pinned[...] = np.arange(4096) % 251
-    start, end = found.event(), found.event()
+    start, end, *more = four_events(found, blocking=blocking)
     found.record(start, stream)
     found.to_device(address, pinned, stream)
     found.record(end, stream)
@@ -189,7 +197,7 @@ def test_gpu_copies_times_and_replays(kind):
     found.synchronize(stream)
     np.testing.assert_array_equal(other, pinned)
     found.drop_graph(graph)
-    for event in (start, end):
+    for event in (start, end, *more):
         found.drop_event(event)
     for array in (pinned, other):
         found.unpin(array)

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper, save_model
 
 from gate.compare_on_device import has_cuda, host_array
 from gate.engines import backend
-from gate.engines.interface import GpuTimed, OutputsOnDevice, Renewable
+from gate.engines.interface import GpuTimed, OutputsOnDevice, RegionTimed, RegionTimes, Renewable
 from gate.engines.tensorrt.loaded import LoadedPlan
 from gate.engines.tensorrt.runner import TensorRTRunner
 from gate.errors import BackendUnavailable, IncompatibleEngine, RunError
@@ -244,6 +244,147 @@ def test_timed_calls_keep_their_own_inputs_when_they_alternate(sim, cuda_graph):
             call()
             y = sim.device.array_at(runner._addresses["y"], (rows, 2), np.float32)
             np.testing.assert_array_equal(y, X[:rows] @ WEIGHT)
+    assert sim.device.is_clean
+
+
+TURNS = [X, -X, 2 * X]
+
+
+def in_y(sim, runner, rows=2):
+    """What lies in the buffer of the output."""
+    return sim.device.array_at(runner._addresses["y"], (rows, 2), np.float32).copy()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_copies_and_compute_are_told_apart_and_batches_switch_without_a_new_shape_or_graph(sim, cuda_graph):
+    with sim.load(cuda_graph=cuda_graph, outputs=("y", "z")) as runner:
+        assert isinstance(runner, RegionTimed)
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=True, wait="spin")
+        device = sim.device
+        before = (device.shapes_set, device.addresses_set, device.captures, set(device.blocks), set(device.pinned))
+        copies = device.copies_in, device.copies_out
+        for index in (0, 1, 2, 2, 0, 1):
+            times = once(index)
+            assert times == RegionTimes(gpu_compute=1000, enqueue=times.enqueue, h2d=100, d2h=20)
+            assert times.enqueue > 0
+            np.testing.assert_array_equal(in_y(sim, runner), TURNS[index] @ WEIGHT)
+            np.testing.assert_array_equal(runner._bound.outputs["y"], TURNS[index] @ WEIGHT)
+        assert (device.copies_in - copies[0], device.copies_out - copies[1]) == (6, 12)
+        after = (device.shapes_set, device.addresses_set, device.captures, set(device.blocks), set(device.pinned))
+        assert after == before
+        assert device.captures == int(cuda_graph)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_without_transfers_each_batch_lies_on_the_device_already(sim, cuda_graph):
+    with sim.load(cuda_graph=cuda_graph) as runner:
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=False, wait="spin")
+        device = sim.device
+        before = (device.shapes_set, device.captures, device.copies_in, device.copies_out, len(device.graphs))
+        for index in (0, 1, 2, 2, 0, 1):
+            times = once(index)
+            assert times == RegionTimes(gpu_compute=1000, enqueue=times.enqueue)
+            np.testing.assert_array_equal(in_y(sim, runner), TURNS[index] @ WEIGHT)
+        assert (device.shapes_set, device.captures, device.copies_in, device.copies_out, len(device.graphs)) == before
+        assert device.captures == len(device.graphs) == (3 if cuda_graph else 0)
+    assert sim.device.is_clean
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_batches_keep_their_turns_when_other_inferences_come_between(sim, cuda_graph, transfers):
+    with sim.load(cuda_graph=cuda_graph) as runner:
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=transfers, wait="spin")
+        timed = runner.timed({"x": X[1:]})
+        for index in (2, 0, 1):
+            np.testing.assert_array_equal(runner.run({"x": 7 * X})["y"], 7 * X @ WEIGHT)
+            assert once(index).gpu_compute == 1000
+            np.testing.assert_array_equal(in_y(sim, runner), TURNS[index] @ WEIGHT)
+            timed()
+            np.testing.assert_array_equal(in_y(sim, runner, 1), X[1:] @ WEIGHT)
+            runner.run_on_device({"x": sim.on_device(-X)})
+            once((index + 1) % 3)
+            np.testing.assert_array_equal(in_y(sim, runner), TURNS[(index + 1) % 3] @ WEIGHT)
+            np.testing.assert_array_equal(runner.run({"x": np.ones((4, 3), np.float32)})["y"][0], WEIGHT.sum(0))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_call_that_is_bound_survives_the_binding_of_others(sim, cuda_graph):
+    with sim.load(cuda_graph=cuda_graph) as runner:
+        timed = runner.timed({"x": X})
+        with pytest.raises(RunError, match=r"axis 0 .n. is 5"):
+            runner.region_timed([{"x": np.ones((5, 3), np.float32)}], transfers=False, wait="spin")
+        runner.region_timed([{"x": -X}, {"x": 3 * X}], transfers=False, wait="spin")
+        timed()
+        np.testing.assert_array_equal(in_y(sim, runner), X @ WEIGHT)
+        sim.device.allocations = 1
+        with pytest.raises(RunError, match="cudaErrorMemoryAllocation"):
+            runner.region_timed([{"x": -X}, {"x": 3 * X}], transfers=False, wait="spin")
+        timed()
+        np.testing.assert_array_equal(in_y(sim, runner), X @ WEIGHT)
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+def test_memory_of_batches_goes_with_the_function(sim, transfers):
+    with sim.load(cuda_graph=True) as runner:
+        runner.run({"x": X})
+        before = len(sim.device.blocks), len(sim.device.pinned)
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=transfers, wait="spin")
+        assert len(sim.device.blocks) + len(sim.device.pinned) == sum(before) + 3
+        del once
+        assert (len(sim.device.blocks), len(sim.device.pinned)) == before
+        np.testing.assert_array_equal(runner.run({"x": X})["y"], X @ WEIGHT)
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=transfers, wait="spin")
+    assert sim.device.is_clean
+    with pytest.raises(RunError, match="the runner is closed"):
+        once(0)
+
+
+def test_host_sleeps_only_where_it_is_asked_to_block(sim):
+    with sim.load() as runner:
+        spin = runner.region_timed([{"x": X}], transfers=True, wait="spin")
+        block = runner.region_timed([{"x": X}], transfers=True, wait="block")
+        sim.device.slept = 0
+        spin(0)
+        assert sim.device.slept == 0
+        assert block(0).gpu_compute == 1000
+        assert sim.device.slept > 0
+        events = len(sim.device.events)
+        runner.region_timed([{"x": X}], transfers=False, wait="block")
+        assert len(sim.device.events) == events
+
+
+def test_batches_that_cannot_take_turns_are_refused(sim):
+    with sim.load() as runner:
+        with pytest.raises(RunError, match=r"input 'x' is \[2, 3\] in batch 0 and \[1, 3\] in batch 1"):
+            runner.region_timed([{"x": X}, {"x": X[:1]}], transfers=True, wait="spin")
+        with pytest.raises(RunError, match="there is no batch to time"):
+            runner.region_timed([], transfers=True, wait="spin")
+        with pytest.raises(RunError, match="input 'x' is missing"):
+            runner.region_timed([{"x": X}, {}], transfers=False, wait="spin")
+    assert sim.device.is_clean
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+def test_outputs_whose_shape_depends_on_values_are_copied_as_they_come(sim, transfers):
+    with sim.load(outputs=("y", "kept")) as runner:
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=transfers, wait="spin")
+        for index in (1, 0, 2, 1):
+            times = once(index)
+            assert times.d2h == (20 if transfers else None)
+    assert sim.device.is_clean
+
+
+def test_after_an_error_the_next_turn_sets_everything_again(sim):
+    with sim.load(cuda_graph=True) as runner:
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=False, wait="spin")
+        sim.device.broken = True
+        with pytest.raises(RunError, match="cudaErrorIllegalAddress"):
+            once(1)
+        sim.device.broken = False
+        for index in (2, 1, 0):
+            once(index)
+            np.testing.assert_array_equal(in_y(sim, runner), TURNS[index] @ WEIGHT)
     assert sim.device.is_clean
 
 
@@ -541,6 +682,55 @@ def test_gpu_time_is_positive_and_within_the_time_with_copies(tmp_path):
             timed()
             wall.append(time.perf_counter_ns() - start)
         assert 0 < own < sorted(wall)[10]
+
+
+def heavy_nodes():
+    """`y` as ever, and `z` after products that keep the GPU busy for longer than the host takes to launch them."""
+
+    def matrix(name, *shape):
+        sizes = numpy_helper.from_array(np.array(shape, np.int64))
+        fill = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.001])
+        return [
+            helper.make_node("Constant", [], [f"{name}_shape"], value=sizes),
+            helper.make_node("ConstantOfShape", [f"{name}_shape"], [name], value=fill),
+        ]
+
+    chain = [helper.make_node("MatMul", [f"h{each}", "square"], [f"h{each + 1}"]) for each in range(8)]
+    return [
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        *matrix("wide", 3, 4096),
+        *matrix("square", 4096, 4096),
+        helper.make_node("MatMul", ["x", "wide"], ["h0"]),
+        *chain,
+        helper.make_node("ReduceMean", ["h8"], ["z"], axes=[1]),
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_gpu_regions_of_batches_in_turn(tmp_path, cuda_graph):
+    batches = [np.random.default_rng(each).standard_normal((8, 3)).astype(np.float32) for each in range(4)]
+    feeds = [{"x": x} for x in batches]
+    options = {"cuda_graph": cuda_graph}
+    with opened(*built(tmp_path, heavy_nodes(), outputs=("y", "z"), options=options)) as runner:
+        before = runner.run(feeds[1])
+        for wait in ("spin", "block"):
+            once = runner.region_timed(feeds, transfers=True, wait=wait)
+            for turn in range(20):
+                times = once(turn % 4)
+                assert min(times.h2d, times.gpu_compute, times.d2h, times.enqueue) > 0
+                np.testing.assert_allclose(runner._bound.outputs["y"], batches[turn % 4] @ WEIGHT, rtol=1e-5, atol=1e-5)
+        once = runner.region_timed(feeds, transfers=False, wait="spin")
+        for turn in range(8):
+            times = once(turn % 4)
+            assert min(times.gpu_compute, times.enqueue) > 0
+            assert (times.h2d, times.d2h) == (None, None)
+            assert runner._context.get_tensor_address("x") == runner._bound.resident["x"]
+        alone = np.median([call() for call in [runner.gpu_timed(feeds[0])] * 100])
+        turns = np.median([once(turn % 4).gpu_compute for turn in range(104)][4:])
+        assert turns == pytest.approx(alone, rel=0.1)
+        for name, values in runner.run(feeds[1]).items():
+            np.testing.assert_array_equal(values, before[name])
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from gate.cli.main import main
 from gate.compare_on_device import host_array
 from gate.engines import backend as backend_named
-from gate.engines.interface import GpuTimed, OutputsOnDevice, Resources
+from gate.engines.interface import GpuTimed, OutputsOnDevice, RegionTimed, Resources
 from gate.engines.torch.backend import TorchBackend, require_tf32
 from gate.engines.torch.engine import TorchEngineRunner
 from gate.engines.torch.package import require_loads_alone
@@ -610,7 +610,17 @@ def test_an_engine_on_the_gpu_answers_as_the_reference_there(tmp_path, mode, pre
         single = runner.run(images(1))
         assert single["scores"].shape == (1, 5)
         assert isinstance(runner, GpuTimed)
-        assert runner.gpu_timed(feed)() > 0
+        call = runner.gpu_timed(feed)
+        assert call() > 0
+        assert isinstance(runner, RegionTimed)
+        once = runner.region_timed([images(3), images(3)], transfers=False, wait="spin")
+        pairs = np.array([(call(), once(turn % 2).gpu_compute) for turn in range(300)])
+        alone, turns = np.median(pairs, axis=0)
+        assert turns == pytest.approx(alone, rel=0.1)
+        for wait in ("spin", "block"):
+            once = runner.region_timed([images(3), images(3)], transfers=True, wait=wait)
+            times = once(1)
+            assert min(times.h2d, times.gpu_compute, times.d2h, times.enqueue) > 0
         assert runner.timed(feed)() is None
         assert isinstance(runner, OutputsOnDevice)
         left = runner.run_to_device(feed)

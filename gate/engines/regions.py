@@ -1,0 +1,54 @@
+"""The regions of an inference on a GPU, told apart by four events: what the runners there have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from gate.engines.interface import RegionTimes
+from gate.errors import RunError
+
+E = TypeVar("E")
+
+
+def require_alike(batches: Sequence[Mapping[str, Any]], *, where: str) -> None:
+    """Refuse batches that cannot take turns without another shape being set.
+
+    Args:
+        batches: Per batch what has a `shape`, by input name; the names are those of the engine.
+        where: What to name in errors.
+
+    Raises:
+        RunError: There is none, or two differ in shape.
+    """
+    if not batches:
+        raise RunError("there is no batch to time", where=where)
+    for index, batch in enumerate(batches):
+        for name, array in batch.items():
+            first, shape = list(batches[0][name].shape), list(array.shape)
+            if shape != first:
+                raise RunError(
+                    f"batches that take turns have one shape: input {name!r} is {first} in batch 0 and {shape} in "
+                    f"batch {index}",
+                    where=where,
+                )
+
+
+def region_times(
+    elapsed_ns: Callable[[E, E], int], events: tuple[E, E, E, E], *, enqueue: int, transfers: bool
+) -> RegionTimes:
+    """Wait for the end of an inference, and say what its regions took.
+
+    Args:
+        elapsed_ns: Waits for its second event, and gives the nanoseconds between both.
+        events: Before the copies in, before the engine, after it, and after the copies out; the outer two are not
+            looked at without transfers.
+        enqueue: The host's time to launch the engine, nanoseconds.
+        transfers: Whether there were copies.
+    """
+    first, start, end, last = events
+    # Asked for in this order, the first question waits for all of the inference, in the events' own way of waiting.
+    d2h = elapsed_ns(end, last) if transfers else None
+    gpu_compute = elapsed_ns(start, end)
+    h2d = elapsed_ns(first, start) if transfers else None
+    return RegionTimes(gpu_compute=gpu_compute, enqueue=enqueue, h2d=h2d, d2h=d2h)

@@ -1,0 +1,1 @@
+"""Sessions: engines timed in fresh processes, one after another."""
