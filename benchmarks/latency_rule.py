@@ -10,6 +10,7 @@ the least number of kept inferences per session that reaches the aims, the table
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -407,7 +408,8 @@ def print_guard(repetitions: int) -> None:
                         continue
                     taken += 1
                     times = [session_of(a[each], b[each]) for each in range(looked)]
-                    held += bool(ratio_doubts(times, 0, tolerance_percent=tolerance, p=p))
+                    distance = float(ratios[:looked].mean()) - math.log1p(tolerance / 100.0)
+                    held += bool(ratio_doubts(times, 0, tolerance_percent=tolerance, p=p, distance=distance))
                 cells.append(f"{percent(held / taken)} of {taken}" if taken else "none decided")
             print(f"| {level} | {name} | {' | '.join(cells)} |", flush=True)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from gate.engines.interface import BuildRecord, CalibrationRecord, LoweringRecord
 from gate.errors import BundleError, MeasurementError, VerificationError
-from gate.latency.config import PERCENTILES, Cell
+from gate.latency.config import PERCENTILES, SESSIONS, Cell
 from gate.latency.measurement import Region
 from gate.latency.ratio import (
     RATIO_PERCENTILES,
@@ -40,7 +40,7 @@ from gate.results import (
     builtins_from,
 )
 from gate.spec import Name
-from gate.statistics import percentile_interval
+from gate.statistics import mean_interval, percentile_interval
 from gate.verdict import Evidence, Finding, Interval, Limit, Status, Verdict
 
 METADATA_PATH = "artifacts/metadata.json"
@@ -179,12 +179,12 @@ class RawLatency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     Args:
         name: As in the summary.
-        sessions: Of each process, in the order in which they were measured.
+        sessions: Of each process, in the order in which they were measured; at least one of each.
         comparisons: By what the engine was timed in turn with, the inferences of both in each process.
     """
 
     name: str
-    sessions: tuple[tuple[PositiveInt, ...], ...]
+    sessions: tuple[Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=1)], ...]
     comparisons: dict[str, tuple[SessionPair, ...]] = {}
 
 
@@ -421,7 +421,8 @@ def latency_from_bytes(data: bytes, *, where: str) -> LatencyEvidence:
     """Read `evidence/latency.json`.
 
     Raises:
-        VerificationError: It is not strict JSON, or not what such a file holds.
+        BundleError: It is not strict JSON.
+        VerificationError: It is not what such a file holds.
     """
     try:
         return msgspec.convert(strict_json(data, where=where), LatencyEvidence, strict=True)
@@ -544,6 +545,9 @@ def _latency_contradictions(
         yield f"{LATENCY_PATH} is not of the batch sizes and shapes in the metadata"
         return
     expected: dict[str, tuple[float, Interval]] = {}
+    several = {
+        Cell(batch=each.batch, name=each.name).check("latency.throughput") for each in summaries if each.streams > 1
+    }
     for summary, raw in zip(summaries, evidence.cells, strict=True):
         label = f"latency{f'[{summary.name}]' if summary.name else ''}"
         try:
@@ -559,7 +563,7 @@ def _latency_contradictions(
         yield from _comparison_contradictions(summary, raw, label)
     for each in findings:
         if each.check not in expected:
-            if each.check.startswith("latency.") and not each.check.startswith("latency.throughput"):
+            if each.check.startswith("latency.") and each.check not in several:
                 yield f"{each.check} is of no latency in the metadata"
             continue
         value, interval = expected[each.check]
@@ -588,14 +592,19 @@ def _recomputed(
     for key, p in PERCENTILES.items():
         said[key] = nearest_rank(pooled, p) / 1e6
         bounds = percentile_interval(pooled, p)
-        found[cell.check(f"latency.{key}")] = (
-            said[key],
-            Interval(max(0.0, bounds.lower / 1e6), bounds.upper / 1e6),
-        )
+        upper = bounds.upper / 1e6 if len(raw.sessions) >= SESSIONS else math.inf
+        found[cell.check(f"latency.{key}")] = (said[key], Interval(max(0.0, bounds.lower / 1e6), upper))
     said["max_ms"] = int(pooled[-1]) / 1e6
     said["mean_ms"] = int(pooled.sum()) / len(pooled) / 1e6
     said["n"] = len(pooled)
     said["sessions"] = len(raw.sessions)
+    if summary.streams == 1:
+        # With several streams the time that all of them took is not among the raw latencies.
+        each_s = [summary.batch * len(session) * 1e9 / sum(session) for session in raw.sessions]
+        said["throughput"] = math.fsum(each_s) / len(each_s)
+        bounds = mean_interval(each_s)
+        lower = max(0.0, bounds.lower) if len(each_s) >= SESSIONS else 0.0
+        found[cell.check("latency.throughput")] = (said["throughput"], Interval(lower, bounds.upper))
     for each in summary.comparisons:
         for name, ratio in _ratios(raw.comparisons.get(each.against, ())).items():
             lower, upper = ratio.interval.lower, ratio.interval.upper
@@ -616,9 +625,18 @@ def _comparison_contradictions(summary: LatencySummary, raw: RawLatency, label: 
         ratios = _ratios(raw.comparisons[each.against])
         if len(raw.comparisons[each.against]) != each.sessions:
             yield f"{label} against {each.against}: {each.sessions} sessions are said, others are held"
-        for name, said in each.ratios.items():
-            again = ratios.get(name)
-            if again is None or not math.isclose(said.ratio, again.ratio, rel_tol=1e-9):
+        if set(each.ratios) != set(ratios):
+            yield f"{label} against {each.against}: ratios are of {', '.join(ratios)}, it has {', '.join(each.ratios)}"
+            continue
+        for name, again in ratios.items():
+            said = each.ratios[name]
+            pairs = (
+                (said.ratio, again.ratio),
+                (said.sd, again.sd),
+                (float(said.interval.lower), again.interval.lower),
+                (float(said.interval.upper), again.interval.upper),
+            )
+            if not all(math.isclose(got, value, rel_tol=1e-6, abs_tol=1e-12) for got, value in pairs):
                 yield f"{label} against {each.against}: {name} is not what {LATENCY_PATH} gives"
 
 

@@ -9,6 +9,7 @@ engine that cannot run here is skipped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gate-cache", metavar="DIR", help="reuse what is unchanged (.gate/cache in the root folder)")
     group.addoption("--gate-baselines", metavar="DIR", help="accepted baselines (baselines in the root folder)")
     group.addoption(
+        "--gate-bundles", metavar="DIR", help="sealed bundles of accepted engines (bundles in the root folder)"
+    )
+    group.addoption("--gate-max-time", type=float, metavar="S", help="measure each latency no longer than S seconds")
+    group.addoption(
         "--gate-update-baselines",
         action="store_true",
         help="accept what this run measures as baselines, and fail the run: look at them and commit them",
@@ -46,9 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep the runs of this session.
 
     Raises:
-        UsageError: A folder that was asked for is a file.
+        UsageError: A folder that was asked for is a file, or a time is not above 0.
     """
-    for option in ("gate_report", "gate_cache", "gate_baselines"):
+    limit_s = config.getoption("gate_max_time")
+    if limit_s is not None and not 0.0 < limit_s < math.inf:
+        raise pytest.UsageError(f"--gate-max-time: needs seconds above 0, got {limit_s:g}")
+    for option in ("gate_report", "gate_cache", "gate_baselines", "gate_bundles"):
         given = config.getoption(option)
         if given and (config.invocation_params.dir / given).is_file():
             raise pytest.UsageError(f"--{option.replace('_', '-')}: {given} is not a folder")
@@ -199,7 +207,11 @@ class Runs:
         from gate import pipeline
 
         options = pipeline.CheckOptions(
-            engines=engines, cache=self._folder("gate_cache", ".gate/cache"), baselines=self.baselines
+            engines=engines,
+            cache=self._folder("gate_cache", ".gate/cache"),
+            baselines=self.baselines,
+            bundles=self._folder("gate_bundles", "bundles"),
+            max_time_s=self._config.getoption("gate_max_time"),
         )
         with warnings.catch_warnings():
             # A framework's warning is listed by pytest; it is no verdict, even where `-W error` is set.
@@ -447,19 +459,6 @@ def is_latency(name: str) -> bool:
     return name.partition(".")[0] == "latency"
 
 
-def _is_part_of(check: str, name: str) -> bool:
-    """Whether a finding belongs to a test; where the test is of one batch size and shape, not one of another.
-
-    `latency.p99_ms[batch=8]` belongs to that test, as does a failure of `latency` or of `latency[batch=8]`.
-    """
-    from gate.wording import belongs
-
-    group, _, cell = name.partition("[")
-    if not cell:
-        return belongs(check, name)
-    return check.partition("[")[2] in {"", cell} and belongs(check, group)
-
-
 def _task_checks(engine: EngineSpec, file: SpecFile) -> list[str]:
     """Names of the checks of a task other than classification, in the order of its limits.
 
@@ -486,14 +485,14 @@ def judge(result: EngineResult, name: str, names: tuple[str, ...]) -> Judgement:
         names: Of all tests of the engine.
     """
     from gate.verdict import Failure, Status
-    from gate.wording import advice, anchor, failure_lines, finding_sentence
+    from gate.wording import advice, anchor, belongs, failure_lines, finding_sentence
 
     if result.verdict is None:
         return Judgement("FAILED", [f"NOT RUN: {result.not_run}"], {})
     findings = result.verdict.findings
-    reached = {each for each in names if any(_is_part_of(finding.check, each) for finding in findings)}
-    stray = [each for each in result.failing if not any(_is_part_of(each.check, other) for other in names)]
-    own = [finding for finding in findings if _is_part_of(finding.check, name)]
+    reached = {each for each in names if any(belongs(finding.check, each) for finding in findings)}
+    stray = [each for each in result.failing if not any(belongs(each.check, other) for other in names)]
+    own = [finding for finding in findings if belongs(finding.check, name)]
     sentences = {f"gate.{each.check}": finding_sentence(each, precision=result.precision) for each in own}
     lines: list[str] = []
     if own:

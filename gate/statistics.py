@@ -315,6 +315,22 @@ def student_t_quantile(p: float, degrees: int) -> float:
             high = middle
 
 
+def mean_interval(values: Sequence[float], alpha: float = 0.01) -> Interval:
+    """Student's t interval of a mean; both sides are open where there are fewer than two values.
+
+    Raises:
+        MeasurementError: There is no value, or one is not finite.
+    """
+    if not values or not all(map(math.isfinite, values)):
+        raise MeasurementError(f"an interval needs numbers, got {', '.join(map(str, values)) or 'none'}")
+    if len(values) < 2:
+        return Interval(-math.inf, math.inf)
+    mean = math.fsum(values) / len(values)
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    half = student_t_quantile(1.0 - alpha, len(values) - 1) * sd / math.sqrt(len(values))
+    return Interval(mean - half, mean + half)
+
+
 def _t_tail(t: float, degrees: int) -> float:
     """P(T > t) for t >= 0."""
     square = t * t

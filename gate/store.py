@@ -2,7 +2,7 @@
 
     bundle/artifacts/model.plan (or model.onnx, model.pt2), metadata.json, calibration.cache
     bundle/baseline/baseline.json       where the engine was judged by one
-    bundle/evidence/metrics.json, environment.json, latency.npy
+    bundle/evidence/metrics.json, environment.json, scores.json, latency.json
     bundle/policy/gate.toml
     bundle/seals/manifest.json          in-toto Statement v1 over every file above
 

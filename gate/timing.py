@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ CUDA_EVENTS = "cuda_events"
 """Name of the clock of calls that time themselves on the device."""
 
 _STEPS_OF_PROGRESS = 20
+_LEAST_OF_A_STREAM = 2
 
 
 def sample(
@@ -188,6 +190,7 @@ def interleave(
     order: Literal[0, 1] = 0,
     before: Callable[[int], None] | None = None,
     between: Callable[[int], None] | None = None,
+    max_s: float = math.inf,
     clock: Clock = time.perf_counter_ns,
 ) -> tuple[LegTimes, ...]:
     """Time one engine, or two that take turns in legs, with the garbage collector off.
@@ -200,6 +203,8 @@ def interleave(
         order: 0: A B B A, again and again; 1: B A A B.
         before: Called with the engine's index before each leg, outside timed regions.
         between: Likewise after each leg.
+        max_s: No more turns begin that would end after this long, as those before went. Then fewer inferences are
+            kept: the same number of each engine, and of each at least two legs.
         clock: Monotonic, nanoseconds.
 
     Returns:
@@ -219,8 +224,11 @@ def interleave(
         )
     timed = tuple(_Timed() for _ in calls)
     with _no_collection():
-        previous = clock()
-        for subject, size in _legs(len(calls), kept=kept, leg=leg, order=order):
+        begin = previous = clock()
+        whole = 2 * len(calls)
+        for number, (subject, size) in enumerate(_legs(len(calls), kept=kept, leg=leg, order=order)):
+            if number and number % whole == 0 and (previous - begin) * (1 + whole / number) > max_s * 1e9:
+                break
             if before is not None:
                 before(subject)
             previous = timed[subject].leg(calls[subject], size, discard=discard, clock=clock, previous=previous)
@@ -236,6 +244,7 @@ def concurrent(
     discard: int,
     warm_up_s: float,
     warm_up_calls: int,
+    max_s: float = math.inf,
     clock: Clock = time.perf_counter_ns,
 ) -> ConcurrentTimes:
     """Time streams that run at the same time, each in a thread of its own, back to back.
@@ -248,6 +257,7 @@ def concurrent(
         kept: Inferences of all streams together; at least one a stream.
         discard: Untimed ones of each stream after all have warmed up, and more until the last stream runs.
         warm_up_s, warm_up_calls: Of each stream, in its thread, before all begin; whichever comes first.
+        max_s: After this long each stream keeps no more, once it has two.
         clock: Monotonic, nanoseconds.
 
     Raises:
@@ -276,9 +286,11 @@ def concurrent(
             while len(running) < len(calls) and not stop.is_set():
                 call(done)
                 done += 1
-            previous = clock()
+            begin = previous = clock()
             share = kept // len(calls) + (index < kept % len(calls))
             while len(mine) < share and not stop.is_set():
+                if len(mine) >= _LEAST_OF_A_STREAM and previous - begin >= max_s * 1e9:
+                    break
                 start = clock()
                 call(done)
                 end = clock()

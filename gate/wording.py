@@ -135,11 +135,12 @@ def failure_lines(finding: Finding | Failure) -> tuple[str, ...]:
 def anchor(check: str) -> str:
     """Where docs/findings.md explains a check: `docs/findings.md#parity-rel_rmse`.
 
-    Checks of a task's values share one heading for each form: `task.mean_ap_drop` is explained at `#task-drop`.
+    Checks of a task's values share one heading for each form: `task.mean_ap_drop` is explained at `#task-drop`; all
+    checks of latency, stages, usage or metamorphic relations share one.
     """
     name = check.partition("[")[0]
     group, _, measured = name.partition(".")
-    if group in ("latency", "metamorphic"):
+    if group in ("latency", "metamorphic", "stages", "usage"):
         return f"{FINDINGS_PAGE}#{group}"
     if group in ("task", "baseline") and measured and name not in _WITH_OWN_HEADING:
         # Of the whole check: the name of a category may hold brackets.
@@ -178,10 +179,13 @@ def belongs(check: str, group: str) -> bool:
     """Whether a finding of `check` is part of `group`, or a failure of the whole that `group` is a part of.
 
     `parity.rel_rmse[boxes]` belongs to `parity`; a failure of `latency` belongs to `latency.p99_ms`. Whole parts of
-    the dotted name are compared: `task.top1_drop_pp` does not belong to `task.top1`.
+    the dotted name are compared: `task.top1_drop_pp` does not belong to `task.top1`. Where the group is of one batch size
+    and shape, such as `latency.p99_ms[batch=8]`, nothing of another belongs to it.
     """
-    name = check.partition("[")[0]
-    return name == group or name.startswith(f"{group}.") or group.startswith(f"{name}.")
+    (name, _, part), (whole, _, cell) = check.partition("["), group.partition("[")
+    if cell and part not in ("", cell):
+        return False
+    return name == whole or name.startswith(f"{whole}.") or whole.startswith(f"{name}.")
 
 
 def _first_line(message: str) -> str:

@@ -104,7 +104,7 @@ def test_it_says_what_was_measured_and_who_accepted_it(baseline, run, result):
     assert baseline.outputs[0].rel_rmse == result.outputs[0].rel_rmse
     assert baseline.task.top1 == result.task.top1
     assert baseline.task.interval.lower < baseline.task.top1 / baseline.task.samples <= baseline.task.interval.upper
-    assert baseline.latency[0].p99_ms == result.latency.p99_ms
+    assert baseline.latency[0].p99_ms == result.latencies[0].p99_ms
     assert (baseline.accepted.who, baseline.accepted.why) == ("ada", "first release")
 
 

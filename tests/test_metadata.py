@@ -67,7 +67,7 @@ def test_it_says_what_a_sealed_engine_must_say(raw):
     assert raw["profile"]["input"]["opt"] == [64, 1, 8, 8]
     assert raw["verdict"]["status"] == "PASSED"
     assert raw["verdict"]["evidence"] == "host"
-    assert raw["latency"]["raw"] == "evidence/latency.npy"
+    assert raw["latency"][0]["raw"] == "evidence/latency.json"
     assert raw["digests"]["reference"] == "3a1f" * 16
 
 
@@ -122,7 +122,7 @@ def test_metrics_that_are_not_finite_are_text_in_the_file_and_numbers_again(run,
         (("metrics", "outputs", 0, "extra"), 1),
         (("device", "extra"), 1),
         (("build", "extra"), 1),
-        (("latency", "extra"), 1),
+        (("latency", 0, "extra"), 1),
         (("digests", "extra"), "a" * 64),
         (("verdict", "status"), "FAILED"),
         (("verdict", "findings"), []),
@@ -131,9 +131,13 @@ def test_metrics_that_are_not_finite_are_text_in_the_file_and_numbers_again(run,
         (("verdict", "findings", 0, "estimate"), "0.1"),
         (("verdict", "findings", 0, "limit", "value"), "Infinity"),
         (("metrics", "outputs", 0, "rel_rmse"), "1e-3"),
-        (("latency", "p99_ms"), "NaN"),
-        (("latency", "n"), 0),
-        (("latency", "raw"), "../latency.npy"),
+        (("latency", 0, "p99_ms"), "NaN"),
+        (("latency", 0, "n"), 0),
+        (("latency", 0, "batch"), 0),
+        (("latency", 0, "sessions"), 0),
+        (("latency", 0, "regions", "elsewhere"), {}),
+        (("latency", 0, "raw"), "../latency.json"),
+        (("latency",), None),
         (("digests", "data"), "A" * 64),
         (("digests", "data"), "a" * 64 + "\n"),
         (("created",), "2026-11-21"),

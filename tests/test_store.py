@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 import math
 import os
@@ -15,22 +14,26 @@ import pytest
 
 from gate.baseline import baseline_from_result
 from gate.errors import BundleError, DigestMismatch, ExitCode, MeasurementError, VerificationError
-from gate.manifest import pretty_json
+from gate.latency.budgets import regression_finding, speedup_finding
+from gate.latency.config import Cell, SpeedupSpec
+from gate.latency.ratio import RATIO_PERCENTILES, estimate, log_ratio
+from gate.manifest import canonical_json, pretty_json
 from gate.metrics.findings import measured_values
 from gate.metrics.kinds import kind_named
-from gate.results import run_from_builtins
+from gate.results import Comparison, SessionPair, run_from_builtins
 from gate.store import MANIFEST_PATH, Step, engine_path_of, seal, verify
 from gate.verdict import Evidence, Finding, Interval, Limit, Verdict
 
 DATA = Path(__file__).parent / "data"
 ENGINE = b"a compiled engine, as far as digests can tell\n" * 50
 METADATA = "artifacts/metadata.json"
+LATENCY = "evidence/latency.json"
 FILES = (
     "artifacts/metadata.json",
     "artifacts/model.onnx",
     "baseline/baseline.json",
     "evidence/environment.json",
-    "evidence/latency.npy",
+    "evidence/latency.json",
     "evidence/metrics.json",
     "policy/gate.toml",
     "seals/manifest.json",
@@ -48,7 +51,7 @@ def made(tmp_path_factory):
     result = msgspec.structs.replace(
         first,
         baseline_sha256=baseline.digest,
-        latency=msgspec.structs.replace(first.latency, durations_ns=durations),
+        latencies=(msgspec.structs.replace(first.latencies[0], durations_ns=durations),),
     )
     run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
     engine = folder / "model.onnx"
@@ -132,9 +135,10 @@ def test_the_statement_lists_every_file_as_in_toto_has_it(bundle):
 
 
 def test_the_raw_latencies_are_there_in_their_order(made, bundle):
-    raw = np.load(bundle / "evidence" / "latency.npy", allow_pickle=False)
-    assert raw.dtype == np.int64
-    assert tuple(raw) == made[1].latency.durations_ns
+    (cell,) = json.loads((bundle / LATENCY).read_bytes())["cells"]
+    assert (cell["name"], cell["comparisons"]) == ("", {})
+    assert [len(each) for each in cell["sessions"]] == [100] * 5
+    assert tuple(value for each in cell["sessions"] for value in each) == made[1].latencies[0].durations_ns
 
 
 def test_what_compiled_only_is_sealed_without_latency_and_metrics(made, tmp_path):
@@ -274,10 +278,20 @@ def test_what_is_no_folder_is_no_bundle(bundle, tmp_path, kind):
         (("verdict", "findings", 0, "check"), "parity.sqnr_db", "two findings for one check"),
         (("verdict", "required"), ["task.top1"], "required checks have no finding: task.top1"),
         (("verdict", "evidence"), "device", "reach evidence 'host', it says 'device'"),
-        (("latency", "p99_ms"), 0.01, "latency.p99_ms is 0.01"),
-        (("latency", "mean_ms"), 0.01, "latency.mean_ms is 0.01"),
-        (("latency", "n"), 5000, "latency.n is 5000"),
-        (("latency",), None, "do not come together"),
+        (("latency", 0, "p99_ms"), 0.01, "latency.p99_ms is 0.01"),
+        (("latency", 0, "mean_ms"), 0.01, "latency.mean_ms is 0.01"),
+        (("latency", 0, "n"), 5000, "latency.n is 5000"),
+        (("latency", 0, "sessions"), 20, "latency.sessions is 20"),
+        (("latency", 0, "throughput"), 9e9, "latency.throughput is 9e"),
+        (("latency", 0, "name"), "batch=8", "is not of the batch sizes and shapes in the metadata"),
+        (("verdict", "findings", 2, "estimate"), 0.2489, "latency.p99_ms is 0.2489, evidence/latency.json gives"),
+        (("verdict", "findings", 2, "interval", "upper"), 0.2494, "latency.p99_ms's upper bound is 0.2494"),
+        (("verdict", "findings", 2, "interval", "lower"), 0.1, "latency.p99_ms's lower bound is 0.1"),
+        (("verdict", "findings", 2, "check"), "latency.p42_ms", "latency.p42_ms is of no latency in the metadata"),
+        (("verdict", "findings", 2, "check"), "latency.p99_ms[batch=8]", "is of no latency in the metadata"),
+        (("verdict", "findings", 2, "check"), "latency.throughput", "latency.throughput is 0.249"),
+        (("verdict", "findings", 2, "check"), "latency.speedup", "latency.speedup is of no latency"),
+        (("latency",), [], "do not come together"),
         (("metrics", "task", "top1"), 50, "task.top1 is 50"),
         (("metrics", "task", "reference_correct"), "zz", "task.reference_top1 is"),
         (("metrics", "outputs", 0, "rel_rmse"), 1e-9, "differs from metrics"),
@@ -307,22 +321,223 @@ def test_edited_baseline_is_refused_although_every_digest_holds(bundle):
         verify(bundle)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x93NUMPY", b"x" * 100])
-def test_raw_latencies_that_cannot_be_read_are_refused(bundle, data):
-    (bundle / "evidence" / "latency.npy").write_bytes(data)
+def resealed(bundle, change):
+    """The raw latencies changed, and every digest made anew."""
+    raw = json.loads((bundle / LATENCY).read_bytes())
+    change(raw)
+    (bundle / LATENCY).write_bytes(canonical_json(raw))
     reseal(bundle)
-    with pytest.raises(VerificationError, match="is not an npy file"):
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"\x93NUMPY", "is not UTF-8|is not JSON"),
+        (b"null", "is no record of latencies"),
+        (b"[]", "is no record of latencies"),
+        (b"{}", "is no record of latencies"),
+        (b'{"cells":[],"cells":[]}', "stands twice"),
+        (b'{"cells":[{"name":"","sessions":[[NaN]]}]}', "not finite"),
+        (b'{"cells":[{"name":"","sessions":[["NaN"]]}]}', "is no record of latencies"),
+        (b'{"cells":[{"name":"","sessions":[[1.5]]}]}', "is no record of latencies"),
+        (b'{"cells":[{"name":"","sessions":[[true]]}]}', "is no record of latencies"),
+        (b'{"cells":[{"name":"","sessions":[[0]]}]}', "is no record of latencies"),
+        (b'{"cells":[{"name":"","sessions":[[-5]]}]}', "is no record of latencies"),
+        (b'{"cells":[{"name":"","sessions":[[]]}]}', "is no record of latencies"),
+        (b'{"cells":[{"name":"","sessions":[]}]}', "latency: no inference was timed"),
+        (b'{"cells":[{"name":"","sessions":[[5]],"extra":1}]}', "is no record of latencies"),
+        (b'{"cells":[]}', "is not of the batch sizes and shapes in the metadata"),
+        (b'{"cells":[{"name":"batch=8","sessions":[[5]]}]}', "is not of the batch sizes and shapes"),
+    ],
+)
+def test_raw_latencies_that_are_none_are_refused(bundle, data, message):
+    (bundle / LATENCY).write_bytes(data)
+    reseal(bundle)
+    with pytest.raises(BundleError, match=message):
         verify(bundle)
 
 
-@pytest.mark.parametrize("array", [np.zeros(500), np.zeros((2, 2), np.int64), np.array([{}], dtype=object)])
-def test_raw_latencies_of_another_kind_are_refused(bundle, array):
-    raw = io.BytesIO()
-    np.save(raw, array, allow_pickle=True)
-    (bundle / "evidence" / "latency.npy").write_bytes(raw.getvalue())
-    reseal(bundle)
-    with pytest.raises(VerificationError, match="does not hold int64|is not an npy file"):
+def change_a_duration(raw):
+    raw["cells"][0]["sessions"][2][50] += 100_000_000
+
+
+def remove_a_session(raw):
+    raw["cells"][0]["sessions"].pop()
+
+
+def join_two_sessions(raw):
+    first, second, *others = raw["cells"][0]["sessions"]
+    raw["cells"][0]["sessions"] = [first + second, *others]
+
+
+def add_a_comparison(raw):
+    raw["cells"][0]["comparisons"]["baseline"] = [{"a_ns": [5], "b_ns": [5]}]
+
+
+def add_a_cell(raw):
+    raw["cells"] *= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_a_duration, "latency.p90_ms is 0.244946, evidence/latency.json gives"),
+        (remove_a_session, "evidence/latency.json gives"),
+        (join_two_sessions, "latency.sessions is 5, evidence/latency.json gives 4"),
+        (add_a_comparison, "does not hold its comparisons"),
+        (add_a_cell, "is not of the batch sizes and shapes in the metadata"),
+    ],
+)
+def test_other_raw_latencies_are_refused_although_every_digest_holds(bundle, change, message):
+    resealed(bundle, change)
+    with pytest.raises(VerificationError, match=message):
         verify(bundle)
+
+
+def test_latencies_of_fewer_processes_than_a_budget_takes_are_refused_although_all_numbers_agree(bundle):
+    resealed(bundle, join_two_sessions)
+    raw = json.loads((bundle / LATENCY).read_bytes())["cells"][0]["sessions"]
+    edit(bundle, METADATA, "latency", 0, "sessions", value=4)
+    edit(bundle, METADATA, "latency", 0, "throughput", value=sum(len(each) * 1e9 / sum(each) for each in raw) / 4)
+    reseal(bundle)
+    with pytest.raises(VerificationError, match="latency.p99_ms's upper bound is 0.249918, .* gives inf"):
+        verify(bundle)
+
+
+@pytest.fixture
+def compared_bundle(made, tmp_path):
+    """A bundle of an engine that was timed in turn with its baseline's, and is as fast."""
+    run, result, engine, extra = made
+    durations = result.latencies[0].durations_ns
+    parts = [durations[start : start + 100] for start in range(0, 500, 100)]
+    pairs = tuple(SessionPair(a_ns=part, b_ns=tuple(each + 500 for each in part)) for part in parts)
+    ratios = {
+        name: estimate([log_ratio(pair.a_ns, pair.b_ns, p) for pair in pairs]) for name, p in RATIO_PERCENTILES.items()
+    }
+    cell = Cell(batch=1)
+    common = {"cell": cell, "against": "the baseline", "n": 500, "evidence": Evidence.HOST}
+    findings = (
+        regression_finding(ratios["p50"], "p50", limit_percent=3.0, **common),
+        regression_finding(ratios["p95"], "p95", limit_percent=5.0, **common),
+        speedup_finding(ratios["p50"], SpeedupSpec(at_least=0.5), **common),
+    )
+    comparison = Comparison(
+        against="baseline",
+        title="the baseline",
+        sha256="a" * 64,
+        ratios=ratios,
+        sessions=5,
+        seconds=3.0,
+        checks=tuple(each.check for each in findings),
+        stopped="decided after 5 sessions",
+        pairs=pairs,
+    )
+    result = with_latency(result, comparisons=(comparison,))
+    verdict = Verdict(findings=(*result.verdict.findings, *findings), required=result.verdict.required)
+    result = msgspec.structs.replace(result, verdict=verdict)
+    run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
+    return sealed((run, result, engine, extra), tmp_path / "compared").folder
+
+
+def test_an_engine_is_sealed_with_every_latency_of_what_it_was_compared_with(compared_bundle):
+    assert verify(compared_bundle).steps[4].detail == "PASSED, 6 findings recomputed, evidence: host"
+    (cell,) = json.loads((compared_bundle / LATENCY).read_bytes())["cells"]
+    assert [len(each["b_ns"]) for each in cell["comparisons"]["baseline"]] == [100] * 5
+
+
+def slower(raw):
+    for pair in raw["cells"][0]["comparisons"]["baseline"]:
+        pair["a_ns"] = [2 * each for each in pair["a_ns"]]
+
+
+def without_pairs(raw):
+    raw["cells"][0]["comparisons"]["baseline"] = []
+
+
+def without_the_comparison(raw):
+    raw["cells"][0]["comparisons"] = {}
+
+
+def of_another(raw):
+    raw["cells"][0]["comparisons"] = {"reference": raw["cells"][0]["comparisons"]["baseline"]}
+
+
+def without_a_pair(raw):
+    raw["cells"][0]["comparisons"]["baseline"].pop()
+
+
+def backwards(raw):
+    raw["cells"][0]["comparisons"]["baseline"][0]["a_ns"][3] = -5
+
+
+def cut_short(raw):
+    raw["cells"][0]["comparisons"]["baseline"][0]["b_ns"] = []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (slower, "baseline: p50 is not what evidence/latency.json gives"),
+        (without_pairs, "latency: no session was measured"),
+        (without_the_comparison, "latency: no session was measured"),
+        (of_another, "latency: no session was measured"),
+        (without_a_pair, "5 sessions are said, others are held"),
+        (backwards, "inference 3 took -5 ns"),
+        (cut_short, "no inference was timed"),
+    ],
+)
+def test_other_pairs_are_refused_although_every_digest_holds(compared_bundle, change, message):
+    resealed(compared_bundle, change)
+    with pytest.raises(VerificationError, match=message):
+        verify(compared_bundle)
+
+
+RATIOS = ("latency", 0, "comparisons", 0, "ratios")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((*RATIOS, "p50", "ratio"), 0.5, "baseline: p50 is not what"),
+        ((*RATIOS, "p95", "sd"), 0.5, "baseline: p95 is not what"),
+        ((*RATIOS, "p95", "interval", "upper"), 0.5, "baseline: p95 is not what"),
+        ((*RATIOS, "p95", "interval", "lower"), "-Infinity", "baseline: p95 is not what"),
+        (RATIOS, {}, "ratios are of p50, p95, it has $"),
+        ((*RATIOS, "p99"), {"ratio": 1.0, "interval": {"lower": 1.0, "upper": 1.0}, "sd": 0.0}, "it has p50, p95, p99"),
+        (("latency", 0, "comparisons", 0, "sessions"), 20, "20 sessions are said, others are held"),
+        (("latency", 0, "comparisons", 0, "against"), "reference", "no session was measured"),
+        (("latency", 0, "comparisons"), [], "does not hold its comparisons"),
+        (("latency", 0, "comparisons", 0, "checks"), [], "latency.regression_p50 is of no latency in the metadata"),
+        (("verdict", "findings", 3, "estimate"), -50.0, "latency.regression_p50 is -50, evidence/latency.json gives"),
+        (("verdict", "findings", 4, "interval", "upper"), 0.0, "latency.regression_p95's upper bound is 0"),
+        (("verdict", "findings", 5, "estimate"), 9.0, "latency.speedup is 9, evidence/latency.json gives 1.0"),
+        (("verdict", "findings", 5, "interval", "lower"), 0.9, "latency.speedup's lower bound is 0.9"),
+    ],
+)
+def test_edited_comparisons_are_refused_although_every_digest_holds(compared_bundle, path, value, message):
+    edit(compared_bundle, METADATA, *path, value=value)
+    reseal(compared_bundle)
+    with pytest.raises(VerificationError, match=message):
+        verify(compared_bundle)
+
+
+def test_a_comparison_without_its_pairs_is_not_sealed(made, compared_bundle, tmp_path):
+    run, result, _, _ = made
+    metadata = verify(compared_bundle).metadata
+    comparison = Comparison(
+        against="baseline",
+        title="the baseline",
+        sha256=None,
+        ratios={},
+        sessions=metadata.latency[0].comparisons[0].sessions,
+        seconds=3.0,
+        checks=(),
+        stopped="decided after 5 sessions",
+    )
+    bare = with_latency(result, comparisons=(comparison,))
+    with pytest.raises(BundleError, match="seal from the run itself, not from its report"):
+        sealed(made, tmp_path / "b", run=msgspec.structs.replace(run, engines=(bare,)), result=bare)
 
 
 @pytest.mark.parametrize("name", [METADATA, MANIFEST_PATH])
@@ -456,9 +671,13 @@ def test_more_files_may_be_sealed_from_bytes_or_from_disk(made, tmp_path):
     assert "evidence/log.txt" in verified.metadata.files
 
 
+def with_latency(result, **changes):
+    return msgspec.structs.replace(result, latencies=(msgspec.structs.replace(result.latencies[0], **changes),))
+
+
 def test_a_run_read_from_its_report_has_no_raw_latencies_to_seal(made, tmp_path):
     run, result, _, _ = made
-    bare = msgspec.structs.replace(result, latency=msgspec.structs.replace(result.latency, durations_ns=()))
+    bare = with_latency(result, durations_ns=())
     again = msgspec.structs.replace(run, engines=(bare,))
     with pytest.raises(BundleError, match="has 0 raw latencies of 500"):
         sealed(made, tmp_path / "b", run=again, result=bare)
@@ -466,7 +685,7 @@ def test_a_run_read_from_its_report_has_no_raw_latencies_to_seal(made, tmp_path)
 
 def test_metrics_whose_own_numbers_disagree_are_not_sealed(made, tmp_path):
     run, result, _, _ = made
-    wrong = msgspec.structs.replace(result, latency=msgspec.structs.replace(result.latency, p99_ms=0.001))
+    wrong = with_latency(result, p99_ms=0.001)
     again = msgspec.structs.replace(run, engines=(wrong,))
     with pytest.raises(BundleError, match="cannot be sealed: artifacts/metadata.json: latency.p99_ms is 0.001"):
         sealed(made, tmp_path / "b", run=again, result=wrong)
@@ -547,7 +766,8 @@ SCRIPT = """
     run = run_from_builtins(json.loads((data / "run.json").read_bytes()))
     durations = tuple(200_000 + (i * 7919) % 50_000 for i in range(500))
     first = run.engines[0]
-    result = msgspec.structs.replace(first, latency=msgspec.structs.replace(first.latency, durations_ns=durations))
+    latency = msgspec.structs.replace(first.latencies[0], durations_ns=durations)
+    result = msgspec.structs.replace(first, latencies=(latency,))
     run = msgspec.structs.replace(run, engines=(result,))
     later = msgspec.structs.replace(run, created="2027-01-01T00:00:00Z")
     extra = {"policy/gate.toml": (data / "sealed.toml").read_bytes()}

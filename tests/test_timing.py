@@ -263,6 +263,34 @@ def test_garbage_collector_is_off_while_engines_take_turns():
     assert gc.isenabled()
 
 
+@given(st.floats(-1.0, 40.0), st.integers(1, 12), st.sampled_from([0, 1]), st.integers(1, 2), st.integers(0, 3))
+def test_turns_that_would_end_too_late_do_not_begin(max_s, leg, order, engines, discard):
+    clock, log = Clock(), []
+    began = clock.now
+    calls = [Engine(clock, name, log, takes=10**8) for name in "AB"[:engines]]
+    found = interleave(calls, kept=100, leg=leg, discard=discard, order=order, max_s=max_s, clock=clock)
+    kept = {len(each.regions["host_wall"]) for each in found}
+    assert len(kept) == 1
+    (number,) = kept
+    turn_s = 2 * engines * (leg + discard) * 0.1
+    assert number == 100 or number % (2 * leg) == 0
+    assert 2 * leg <= number <= 100
+    assert (clock.now - began) / 1e9 <= max(max_s, turn_s) + 1e-6
+    if number < 100:
+        assert (clock.now - began) / 1e9 + turn_s > max_s - 1e-6
+
+
+def test_streams_keep_two_each_when_their_time_is_over():
+    found = concurrent(
+        [lambda _: time.sleep(0.001)] * 2, kept=5000, discard=1, warm_up_s=0, warm_up_calls=1, max_s=-1.0
+    )
+    assert len(found.times.regions["host_wall"]) == 4
+    found = concurrent(
+        [lambda _: time.sleep(0.001)] * 2, kept=5000, discard=1, warm_up_s=0, warm_up_calls=1, max_s=0.05
+    )
+    assert 4 < len(found.times.regions["host_wall"]) < 200
+
+
 @pytest.mark.parametrize(("seconds", "calls", "expected"), [(0.0, 200, 1), (10.0, 5, 5), (0.5, 200, 5), (1.0, 0, 1)])
 def test_warm_up_ends_with_whichever_comes_first(seconds, calls, expected):
     clock, log = Clock(), []

@@ -11,6 +11,8 @@
 #   digits    examples/digits as TensorRT engines: checked, sealed, verified, and again in a new process
 #   resnet    examples/resnet50 as TensorRT engines, its baselines accepted, and again against them
 #   faults    INT8 calibrated on the wrong scale; plans of another version, truncated, with a flipped byte
+#   sessions  pytest -m gpu of the runners' regions and of sessions; suppression inside the engine
+#   ab        the A/B rule on ResNet-50: an engine against itself, and a slowed copy against it, 20 times each; one GPU each
 #   measure   GPU compute time at batch 1, 8, 32, beside a bare CUDA-event loop; what comparing costs
 #   write     OUT/evidence.md from all of it
 #
@@ -129,6 +131,44 @@ measure() {
       fi 2>"$out/measure-$name.err" || tail -5 "$out/measure-$name.err"
     done
   done | tee "$out/measure.txt"
+}
+
+sessions() {
+  with_torch -m pytest -m gpu -q -p no:cacheprovider tests/engines/test_onnxruntime_gpu.py \
+    tests/engines/torch/test_engine.py tests/engines/torch/test_backend.py tests/sessions tests/test_device.py 2>&1 |
+    tee "$out/tests-sessions-torch.txt" | tail -25
+  with_trt -m pytest -m gpu -q -p no:cacheprovider tests/engines/tensorrt/test_runner.py \
+    tests/engines/tensorrt/test_memory.py tests/sessions/test_telemetry.py 2>&1 |
+    tee "$out/tests-sessions-tensorrt.txt" | tail -25
+}
+
+# gpu INDEX COMMAND ...: on one GPU of those there are, beside the others where there are several.
+gpu() {
+  local count
+  count=$(nvidia-smi -L | wc -l)
+  export CUDA_VISIBLE_DEVICES=$(($1 % count))
+  shift
+  if [ "$count" -gt 1 ]; then "$@" & else "$@"; fi
+}
+
+ab_of() {
+  local python=$1 spec=$2 name=$3 which=$4 width=$5 reference=()
+  [ "$python" = with_trt ] && reference=(--reference "$out/recordings/resnet50")
+  "$python" docs/evidence/latency_ab.py "examples/resnet50/$spec.gate.toml" "$out/ab-$name-$which" --engine "$name" \
+    --which "$which" --width "$width" --batch 8 --timed gpu_compute "${reference[@]}" >"$out/ab-$name-$which.txt" \
+    2>"$out/ab-$name-$which.err"
+  tail -3 "$out/ab-$name-$which.txt" "$out/ab-$name-$which.err"
+}
+
+ab() {
+  [ -d "$out/recordings/resnet50" ] ||
+    with_torch -m gate record examples/resnet50/tensorrt.gate.toml --cache "$out/cache" -o "$out/recordings/resnet50"
+  gpu 0 ab_of with_trt tensorrt trt-fp16 same 0
+  gpu 1 ab_of with_trt tensorrt trt-fp16 slower 4096
+  gpu 2 ab_of with_torch pytorch ort-cuda-tf32 same 0
+  gpu 3 ab_of with_torch pytorch ort-cuda-tf32 slower 12000
+  wait
+  unset CUDA_VISIBLE_DEVICES
 }
 
 write() { with_trt docs/evidence/write.py "$out"; }

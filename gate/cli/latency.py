@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> ExitCode:
 
     spec = _asked(args)
     paths = [Path(args.subject), *map(Path, args.more)]
-    if all(path.is_file() for path in paths) and "::" not in args.subject:
+    if all(path.is_file() and path.suffix != ".toml" for path in paths):
         if args.against is not None:
             raise SpecError(
                 "files of trtexec cannot be timed in turn with an engine", hint="Give budgets, such as --p99 2.0."

@@ -14,7 +14,7 @@ from gate.latency.config import PERCENTILES, Cell, LatencySpec, SpeedupSpec
 from gate.latency.measurement import REGIONS, Region, SessionTimes, SubjectTimes
 from gate.latency.ratio import LOOKS, RatioEstimate, nearest_rank, positive_durations
 from gate.results import LatencyMetrics, RegionSummary
-from gate.statistics import least_samples, percentile_interval, student_t_quantile
+from gate.statistics import least_samples, mean_interval, percentile_interval
 from gate.verdict import Evidence, Finding, Interval, Limit, Status
 
 LEAST_PER_SESSION = 200
@@ -23,7 +23,6 @@ LEAST_PER_SESSION = 200
 MOST_SAMPLES = 12_000
 """Inferences after which a budget that is not decided stays INCONCLUSIVE. Source: docs/latency.md."""
 
-THROUGHPUT_ALPHA = 0.01
 HINT = "docs/findings.md#latency"
 
 
@@ -280,11 +279,8 @@ def _percentile(
 def _throughput(values: Sequence[float], *, cell: Cell, floor: float, n: int, few: bool, evidence: Evidence) -> Finding:
     sessions = len(values)
     mean = math.fsum(values) / sessions
-    interval = Interval(0.0, math.inf)
-    if sessions > 1:
-        sd = float(np.std(values, ddof=1))
-        half = student_t_quantile(1.0 - THROUGHPUT_ALPHA, sessions - 1) * sd / math.sqrt(sessions)
-        interval = Interval(0.0 if few else max(0.0, mean - half), mean + half)
+    bounds = mean_interval(values)
+    interval = Interval(0.0 if few else max(0.0, bounds.lower), bounds.upper)
     finding = Finding(
         check=cell.check("latency.throughput"),
         estimate=mean,

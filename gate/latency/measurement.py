@@ -21,7 +21,7 @@ class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         sm_clock_mhz, temperature_c, power_w: At that moment.
         slowdowns: Reasons for a clock below the maximum, as in gate.device.GpuState.
         gpu_percent: Share of the last fraction of a second in which a kernel ran.
-        others: Processes on the GPU that are not this one.
+        others: Processes that came to the GPU since the session began, and are not the gate's.
     """
 
     subject: int

@@ -6,16 +6,14 @@ import math
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 from gate.errors import MeasurementError
 from gate.latency.config import UsageSpec
 from gate.latency.measurement import Usage
 from gate.results import UsageMetrics
-from gate.statistics import student_t_quantile
+from gate.statistics import mean_interval
 from gate.verdict import Evidence, Finding, Interval, Limit, Status
 
-ALPHA = 0.01
 _HINT = "docs/findings.md#usage"
 _LIMITS = {
     "power_w": ("power_w", "at_most", "W"),
@@ -57,14 +55,7 @@ def usage_findings(sessions: Sequence[Usage], spec: UsageSpec, *, evidence: Evid
             continue
         known = [math.nan if value is None else value for value in values[name]]
         mean = _mean(known)
-        interval = Interval(-math.inf, math.inf)
-        if math.isnan(mean):
-            interval = Interval(math.nan, math.nan)
-        elif len(known) > 1:
-            half = (
-                student_t_quantile(1.0 - ALPHA, len(known) - 1) * float(np.std(known, ddof=1)) / math.sqrt(len(known))
-            )
-            interval = Interval(mean - half, mean + half)
+        interval = Interval(math.nan, math.nan) if math.isnan(mean) else mean_interval(known)
         finding = Finding(
             check=f"usage.{key}",
             estimate=mean,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,13 +67,18 @@ def measure(job: Job, *, folder: Path, tell: Callable[[str], None]) -> SessionTi
         GateError: An engine's file is another, or an engine or its inputs cannot be used.
         MeasurementError: There is no batch to run, or the clock went back.
     """
+    began = time.perf_counter()
     tell("looking at the GPU")
     watch = open_watch() if job.on_gpu else None
     busy = None if watch is None else watch.busy_percent(settle_s=SETTLE_S)
     with contextlib.ExitStack() as stack:
         session = _Session(job, folder=folder, tell=tell, watch=watch, stack=stack)
+        deadline = math.inf if job.max_s is None else began + job.max_s
         return SessionTimes(
-            cells=tuple(session.cell(each) for each in job.cells),
+            cells=tuple(
+                session.cell(each, until=_share_until(deadline, len(job.cells) - index))
+                for index, each in enumerate(job.cells)
+            ),
             usage=session.usage(),
             memory=session.memory(),
             clock="perf_counter_ns",
@@ -148,12 +155,12 @@ class _Session:
                 runner.run(self._feeds_of(index)[0])
         marks.steady()
 
-    def cell(self, asked: CellJob) -> CellTimes:
-        """One batch size and shape."""
+    def cell(self, asked: CellJob, *, until: float = math.inf) -> CellTimes:
+        """One batch size and shape; no more legs begin when `time.perf_counter` shows `until`."""
         at = f"at {asked.cell.name or f'batch={asked.cell.batch}'}"
         feeds = self._feeds[asked.feeds]
         if self._job.streams > 1:
-            return self._streams(asked, feeds, at)
+            return self._streams(asked, feeds, at, until)
         job = self._job
         calls: list[Call] = []
         warm: list[int] = []
@@ -171,6 +178,7 @@ class _Session:
             order=job.order,
             before=lambda turn: self._enter(asked.subjects[turn], "timing", at),
             between=None if watch is None else lambda turn: readings.append(watch.read(turn)),
+            max_s=until - time.perf_counter(),
         )
         return CellTimes(
             subjects=tuple(
@@ -180,7 +188,7 @@ class _Session:
             readings=tuple(readings),
         )
 
-    def _streams(self, asked: CellJob, feeds: Sequence[NamedArrays], at: str) -> CellTimes:
+    def _streams(self, asked: CellJob, feeds: Sequence[NamedArrays], at: str, until: float) -> CellTimes:
         """One leg of several streams at once."""
         job, index = self._job, asked.subjects[0]
         self._enter(index, "timing", f"{at} in {job.streams} streams")
@@ -190,6 +198,7 @@ class _Session:
             discard=job.discard,
             warm_up_s=job.warm_up_s,
             warm_up_calls=job.warm_up_calls,
+            max_s=until - time.perf_counter(),
         )
         times = SubjectTimes(
             regions=found.times.regions, leg=asked.kept, warm_up=found.warm_up, span_ns=found.times.span_ns
@@ -295,6 +304,12 @@ def read_feeds(path: Path) -> tuple[dict[str, Array], ...]:
         if each != shapes[0]:
             raise MeasurementError(f"batch {number} has other inputs or shapes than batch 0", where=where)
     return ordered
+
+
+def _share_until(deadline: float, cells: int) -> float:
+    """When the first of so many cells has had its share of the time that is left."""
+    now = time.perf_counter()
+    return now + (deadline - now) / cells
 
 
 def _feed_files(job: Job) -> list[Path]:

@@ -44,7 +44,7 @@ class CellJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     Args:
         cell: Which.
         feeds: Safetensors file with the batches in turn: tensor `<index>/<input>`.
-        kept: Inferences of each engine that are kept.
+        kept: Inferences of each engine that are kept; fewer where the job's `max_s` is over before.
         subjects: Which engines take turns here, by their index in the job: one or two.
     """
 
@@ -67,6 +67,9 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         usage_s: How long each engine runs without a pause to see what it takes; 0: not at all.
         usage_feeds: For that, as `CellJob.feeds`.
         on_gpu: Whether to look at the GPU.
+        max_s: The session aims to be done with its cells so many seconds after it began to load the engines, each cell
+            with an equal share of what is left: it begins no legs that would end later, once each engine has two.
+            None: all inferences are kept.
     """
 
     subjects: tuple[Subject, ...]
@@ -82,6 +85,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     usage_s: float = 0.0
     usage_feeds: Path | None = None
     on_gpu: bool = False
+    max_s: float | None = None
 
 
 class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -60,7 +60,7 @@ def write_feeds(path: Path, batches: Sequence[NamedArrays]) -> None:
         batches: At least one, all of the same inputs and shapes.
 
     Raises:
-        MeasurementError: There is none, or one has no inputs.
+        MeasurementError: There is none, one has no inputs, or the file cannot be written.
     """
     from safetensors.numpy import save
 
@@ -72,12 +72,20 @@ def write_feeds(path: Path, batches: Sequence[NamedArrays]) -> None:
         for index, batch in enumerate(batches)
         for name, array in batch.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(save(arrays))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(save(arrays))
+    except OSError as err:
+        raise MeasurementError(f"the inputs cannot be written: {err.strerror or err}", where=str(path)) from err
 
 
-def times_from_bytes(data: bytes, job: Job) -> SessionTimes:
+def times_from_bytes(data: bytes, job: Job, *, seconds: float = math.inf) -> SessionTimes:
     """What a session wrote, held against what it was asked for.
+
+    Args:
+        data: JSON.
+        job: What was asked for.
+        seconds: How long its process ran: fewer inferences than asked are taken only where its time was over.
 
     Raises:
         MeasurementError: It is damaged, or has other numbers of cells, engines or inferences than asked, a duration
@@ -87,7 +95,7 @@ def times_from_bytes(data: bytes, job: Job) -> SessionTimes:
         times = msgspec.json.decode(data, type=SessionTimes)
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise MeasurementError(f"the session's times cannot be read: {err}", where=TIMES) from err
-    if wrong := next(_wrong(times, job), None):
+    if wrong := next(_wrong(times, job, seconds), None):
         raise MeasurementError(f"the session's times are not what was asked for: {wrong}", where=TIMES)
     return times
 
@@ -121,6 +129,8 @@ def _contradictions(job: Job) -> Iterator[str]:
         yield f"leg = {job.leg}, discard = {job.discard}, streams = {job.streams}, warm_up_calls = {job.warm_up_calls}"
     if not 0.0 <= job.warm_up_s < math.inf or not 0.0 <= job.usage_s < math.inf:
         yield f"warm_up_s = {job.warm_up_s:g}, usage_s = {job.usage_s:g}"
+    if job.max_s is not None and not 0.0 < job.max_s < math.inf:
+        yield f"max_s = {job.max_s:g}"
     if job.usage_s > 0.0 and job.usage_feeds is None:
         yield "usage_s is given without usage_feeds"
     if not job.cells and job.usage_feeds is None:
@@ -167,7 +177,8 @@ def _run(job: Job, timeout_s: float, folder: Path) -> SessionTimes:
         )
     if code_or_none != 0 or not (folder / TIMES).is_file():
         raise _died(code_or_none, folder)
-    return msgspec.structs.replace(times_from_bytes((folder / TIMES).read_bytes(), job), seconds=seconds)
+    times = times_from_bytes((folder / TIMES).read_bytes(), job, seconds=seconds)
+    return msgspec.structs.replace(times, seconds=seconds)
 
 
 def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
@@ -244,12 +255,12 @@ def _last_said(folder: Path) -> str:
     return f"; its last lines: {' · '.join(lines[-_LAST_LINES:])}" if lines else ""
 
 
-def _wrong(times: SessionTimes, job: Job) -> Iterator[str]:
+def _wrong(times: SessionTimes, job: Job, seconds: float) -> Iterator[str]:
     if len(times.cells) != len(job.cells):
         yield f"{len(times.cells)} cells of {len(job.cells)}"
         return
     for index, (cell, asked) in enumerate(zip(times.cells, job.cells, strict=True)):
-        for reason in _wrong_in_cell(cell, asked, job):
+        for reason in _wrong_in_cell(cell, asked, job, seconds):
             yield f"cell {index}: {reason}"
     expected = len(job.subjects) if job.usage_s > 0.0 else 0
     if len(times.usage) != expected:
@@ -263,17 +274,32 @@ def _wrong(times: SessionTimes, job: Job) -> Iterator[str]:
         yield f"clock {times.clock!r} with steps of {times.resolution_ns} ns"
 
 
-def _wrong_in_cell(cell: CellTimes, asked: CellJob, job: Job) -> Iterator[str]:
+def _wrong_in_cell(cell: CellTimes, asked: CellJob, job: Job, seconds: float) -> Iterator[str]:
     if len(cell.subjects) != len(asked.subjects):
         yield f"{len(cell.subjects)} engines of {len(asked.subjects)}"
         return
     leg = job.leg if job.streams == 1 else asked.kept
+    kept = _kept(cell, asked, job, seconds)
     for turn, times in enumerate(cell.subjects):
         name = job.subjects[asked.subjects[turn]].name
-        for reason in _wrong_in_subject(times, kept=asked.kept, leg=leg, streams=job.streams):
+        for reason in _wrong_in_subject(times, kept=kept, leg=leg, streams=job.streams):
             yield f"{name!r}: {reason}"
     if strange := [each.subject for each in cell.readings if not 0 <= each.subject < len(cell.subjects)]:
         yield f"a reading of engine {strange[0]} of {len(cell.subjects)}"
+
+
+def _kept(cell: CellTimes, asked: CellJob, job: Job, seconds: float) -> int:
+    """How many inferences of each engine there must be: as many as asked for, unless the job's time was over.
+
+    Then it is what the first engine has, where that is two legs or more and whole turns. No turn begins that would not
+    end in time, so half of a cell's share of the time is over at the least.
+    """
+    if job.max_s is None or seconds < job.max_s / len(job.cells) / 2.0:
+        return asked.kept
+    found = len(cell.subjects[0].regions.get("host_wall", ()))
+    if job.streams > 1:
+        return found if 2 * job.streams <= found < asked.kept else asked.kept
+    return found if 0 < found < asked.kept and found % (2 * job.leg) == 0 else asked.kept
 
 
 def _wrong_in_subject(times: SubjectTimes, *, kept: int, leg: int, streams: int) -> Iterator[str]:

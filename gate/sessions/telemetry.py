@@ -91,18 +91,17 @@ class GpuWatch:
         return None if memory is None else int(memory.used)
 
     def others(self) -> int | None:
-        """How many processes compute on the GPU (or MIG instance) beside those of the gate.
+        """How many processes came to compute on the GPU (or MIG instance) since the watch was opened, beside the gate's.
 
-        In a container the driver may give numbers of the host, among which this process does not find itself. Then one
-        process that was not there when the watch was opened is taken for it.
+        Who was there before and is idle takes nothing; who was there and works is seen by `busy_percent`. In a container
+        the driver may give numbers of the host, among which this process does not find itself: one newcomer is then
+        taken for it.
         """
         now = self._processes()
         if now is None:
             return None
-        strange = now - self._own
-        if os.getpid() in now:
-            return len(strange)
-        return len(strange) - bool(strange - self._before)
+        newcomers = now - self._own - self._before
+        return len(newcomers) - bool(newcomers and os.getpid() not in now)
 
     def _utilisation(self) -> int | None:
         found = self._nvml.ask("nvmlDeviceGetUtilizationRates", self._nvml.whole)

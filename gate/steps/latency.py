@@ -27,7 +27,7 @@ from gate.latency.budgets import (
 from gate.latency.config import Cell, LatencySpec, TimedTable, UsageSpec, latency_checks, percent_of, timed_tables
 from gate.latency.guards import budget_doubts, missing_readings, ratio_doubts
 from gate.latency.measurement import SessionTimes, SubjectTimes
-from gate.latency.ratio import LOOKS, RATIO_PERCENTILES, estimate, kept_needed, log_ratio
+from gate.latency.ratio import LEAST_KEPT, LOOKS, RATIO_PERCENTILES, estimate, kept_needed, log_ratio, next_look
 from gate.latency.usage import usage_findings, usage_metrics
 from gate.results import Comparison, LatencyMetrics, SessionPair, UsageMetrics
 from gate.sessions.job import CellJob, Job, Subject
@@ -39,6 +39,12 @@ from gate.verdict import Evidence, Failure, Finding, Status
 LEG = 8
 """Kept inferences of a leg. Source: docs/latency.md."""
 
+_OF_A_SHARE = 0.95
+"""How much of its share of the time a session is told to take, so that the last one still fits."""
+
+_OF_A_TIMEOUT = 0.8
+"""How much of its time limit a session is told to take, so that an engine that is slow is not one that hangs."""
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -48,11 +54,18 @@ class Rival:
         against: As in the spec.
         title: For a reader.
         subject: What the session loads.
+        on_gpu: Whether it runs on the GPU.
     """
 
     against: str
     title: str
     subject: Subject
+    on_gpu: bool = False
+
+
+def in_a_process(job: Job, timeout_s: float) -> SessionTimes:
+    """A session in a fresh process of this machine; as `gate.sessions.run.run_session`."""
+    return run_session(job, timeout_s=timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +79,10 @@ class Timing:
         evidence: What a run here gives.
         rival: Finds another engine by the name that the spec gives it.
         feeds: The batches.
-        stage: Called with the number of sessions of the first look; its context spans the measuring.
         advance: Called after each session.
-        max_time_s: Instead of the table's; None: the table's.
+        max_time_s: For all tables together, instead of what each of them says; None: as they say.
+        session: Measures a job, with a limit of seconds.
+        clock: Seconds, monotonic: what `max_time_s` is held against.
     """
 
     file: SpecFile | None
@@ -79,6 +93,8 @@ class Timing:
     feeds: Feeds
     advance: Callable[[], None]
     max_time_s: float | None = None
+    session: Callable[[Job, float], SessionTimes] = in_a_process
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True)
@@ -103,25 +119,39 @@ class _Series:
         sessions: By cell, each session cut down to that cell.
         stopped: By cell why no more were measured.
         seconds: Wall time of all sessions.
+        budgets: Whether the absolute budgets rest on it.
     """
 
     rival: Rival | None
     sessions: dict[str, list[SessionTimes]] = field(default_factory=dict)
     stopped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    budgets: bool = False
+
+    def timed(self, name: str) -> list[tuple[SubjectTimes, ...]]:
+        """The engines' inferences at one cell, by session."""
+        return [each.cells[0].subjects for each in self.sessions.get(name, [])]
 
 
 def measured_latency(timing: Timing) -> Timed:
     """Time an engine as its `[engine.latency]` asks for; what goes wrong is a Failure of each check that it touches."""
     latencies: list[LatencyMetrics] = []
     findings: list[Finding | Failure] = []
-    for table in timed_tables(timing.engine.latency):
+    tables = timed_tables(timing.engine.latency)
+    spent = 0.0
+    for index, table in enumerate(tables):
+        max_time_s = table.spec.max_time_s
+        if timing.max_time_s is not None:
+            max_time_s = max(timing.max_time_s - spent, 0.0) / (len(tables) - index)
+        measuring = _Table(timing, table, max_time_s)
         try:
-            made = _Table(timing, table).measured()
+            made = measuring.measured()
         except GateError as err:
             checks = latency_checks_of(table)
             findings.extend(failure(check, err, timing.evidence) for check in checks)
             continue
+        finally:
+            spent += measuring.spent_s
         latencies.extend(made.latencies)
         findings.extend(made.findings)
     return Timed(latencies=tuple(latencies), findings=tuple(findings))
@@ -142,13 +172,12 @@ def failure(check: str, err: GateError, evidence: Evidence) -> Failure:
 class _Table:
     """The measuring of one table: its series of sessions, and what they decide."""
 
-    def __init__(self, timing: Timing, table: TimedTable) -> None:
+    def __init__(self, timing: Timing, table: TimedTable, max_time_s: float) -> None:
         self.timing = timing
         self.table = table
         self.spec = table.spec
-        self.max_time_s = timing.max_time_s or table.spec.max_time_s
-        self.began = time.monotonic()
-        self.longest_s = 0.0
+        self.max_time_s = max_time_s
+        self.spent_s = 0.0
 
     def measured(self) -> Timed:
         """Every cell, against every rival; budgets rest on the first series.
@@ -167,14 +196,15 @@ class _Table:
                     failure(check, err, self.timing.evidence) for check in self._checks_against(name, self.table.cells)
                 )
         every = [_Series(rival) for rival in rivals] or [_Series(None)]
+        every[0].budgets = bool(self.spec.budgets)
         with private_folder() as folder:
             jobs = [self._cell_job(index, cell, folder) for index, cell in enumerate(self.table.cells)]
             for index, series in enumerate(every):
-                self._run(series, jobs, budgets=index == 0)
+                self._run(series, jobs, max(self.max_time_s - self.spent_s, 0.0) / (len(every) - index))
         latencies = []
         for cell in self.table.cells:
-            for index, series in enumerate(every):
-                findings.extend(self._findings(series, cell, budgets=index == 0))
+            for series in every:
+                findings.extend(self._findings(series, cell))
             latencies.append(self._metrics(every, cell))
         return Timed(latencies=tuple(latencies), findings=tuple(self._located(each) for each in findings))
 
@@ -193,57 +223,100 @@ class _Table:
         write_feeds(path, self.timing.feeds.batches(cell))
         return CellJob(cell=cell, feeds=path, kept=LEG, subjects=(0,))
 
-    def _run(self, series: _Series, jobs: Sequence[CellJob], *, budgets: bool) -> None:
-        """Sessions until every cell is decided, the last look is over, or the time is."""
+    def _run(self, series: _Series, jobs: Sequence[CellJob], max_time_s: float) -> None:
+        """Sessions until every cell is decided, the last look is over, or the time is.
+
+        Raises:
+            MeasurementError: A session failed, or did not time what is judged.
+        """
         subjects = (self.timing.subject,) if series.rival is None else (self.timing.subject, series.rival.subject)
         open_cells = dict(zip((cell.name for cell in self.table.cells), jobs, strict=True))
-        count = 0
-        last = max(LOOKS[-1], self.spec.sessions)
+        pace = _Pace(self.spec, max_time_s)
         while open_cells:
-            if count and self._elapsed() + self.longest_s > self.max_time_s:
-                self._stop(series, open_cells, f"max_time_s = {self.max_time_s:g} s was over after {_sessions(count)}")
+            if (reason := pace.over(self._asked_text())) or (reason := self._hopeless(series, pace, list(open_cells))):
+                self._stop(series, open_cells, reason)
                 return
-            kept = self._kept(series, count, budgets=budgets)
-            job = self._job(subjects, [_with(each, kept, len(subjects)) for each in open_cells.values()], count)
-            began = time.monotonic()
-            times = run_session(job, timeout_s=self.spec.session_timeout_s)
-            took = time.monotonic() - began
-            self.longest_s = max(self.longest_s, took)
+            kept = self._kept(series, pace.count)
+            cells = [_with(each, kept, len(subjects)) for each in open_cells.values()]
+            began = self.timing.clock()
+            times = self._session(self._job(series, subjects, cells, pace), pace.count + 1)
+            took = self.timing.clock() - began
+            pace.add(times, took, kept=kept)
+            self.spent_s += took
             series.seconds += took
-            count += 1
             self.timing.advance()
             for index, name in enumerate(open_cells):
                 one = msgspec.structs.replace(times, cells=(times.cells[index],))
                 series.sessions.setdefault(name, []).append(one)
-            if count < self.spec.sessions or not self._is_look(count):
+            if not pace.is_look():
                 continue
             for cell in [each for each in self.table.cells if each.name in open_cells]:
-                found = self._findings(series, cell, budgets=budgets)
+                found = self._findings(series, cell)
                 if all(each.status is not Status.INCONCLUSIVE for each in found):
-                    self._stop(series, {cell.name: open_cells.pop(cell.name)}, f"decided after {_sessions(count)}")
-            if count >= last:
-                self._stop(series, open_cells, f"not decided after {_sessions(count)}, which are the most")
+                    word = "decided" if found else "nothing to decide, measured"
+                    reason = f"{word} after {_sessions(pace.count)}"
+                    self._stop(series, {cell.name: open_cells.pop(cell.name)}, reason)
+            if pace.count >= pace.last:
+                self._stop(series, open_cells, f"not decided after {_sessions(pace.count)}, which are the most")
                 return
 
-    def _is_look(self, count: int) -> bool:
-        return count in LOOKS or count == self.spec.sessions or count >= LOOKS[-1]
+    def _session(self, job: Job, number: int) -> SessionTimes:
+        """One session of this table.
+
+        Raises:
+            MeasurementError: It failed, or did not time what is judged.
+        """
+        times = _session(self.timing, job, self.spec.session_timeout_s, number)
+        for cell in times.cells:
+            for subject, found in zip(job.subjects, cell.subjects, strict=True):
+                if self.spec.timed not in found.regions:
+                    raise MeasurementError(
+                        f'timed = "{self.spec.timed}" was asked for, and {subject.name!r} gave '
+                        f"{', '.join(found.regions)} alone",
+                        hint='Leave timed out, which is "host_wall".',
+                    )
+        return times
 
     def _stop(self, series: _Series, cells: Mapping[str, CellJob], reason: str) -> None:
         series.stopped.update(dict.fromkeys(cells, reason))
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self.began
+    def _asked_text(self) -> str:
+        """The limit of time as it was given."""
+        asked = self.timing.max_time_s
+        return f"max_time_s = {self.spec.max_time_s if asked is None else asked:g} s"
 
-    def _kept(self, series: _Series, count: int, *, budgets: bool) -> int:
-        """Inferences of each engine in the next session: what the first look needs, later what the last one needs."""
+    def _hopeless(self, series: _Series, pace: _Pace, names: Sequence[str]) -> str:
+        """Why the time will not do for a comparison, where nothing else is measured; empty where it may."""
+        if series.rival is None or series.budgets or not 0 < pace.count < pace.first:
+            return ""
+        least = min(sum(len(a.regions[self.spec.timed]) for a, _ in series.timed(name)) for name in names)
+        if least + (pace.first - pace.count) * pace.kept_in_share() >= LEAST_KEPT * pace.first:
+            return ""
+        needed = pace.seconds_for(LEAST_KEPT)
+        return (
+            f"{self._asked_text()} is too short, stopped after {_sessions(pace.count)}: {pace.first} sessions with "
+            f"{LEAST_KEPT} inferences of each engine take about {math.ceil(needed)} s"
+        )
+
+    def _kept(self, series: _Series, count: int) -> int:
+        """Inferences of each engine in the next session: what the first look needs, later what the last one needs.
+
+        Where sessions had to keep fewer than the comparison needs, the next ones make up for it.
+        """
         least = 0
         if series.rival is not None:
             least = kept_needed(self._limits(series.rival.against))
-        if budgets:
+            done = [sum(len(a.regions[self.spec.timed]) for a, _ in series.timed(name)) for name in series.sessions]
+            left = self.spec.sessions - count
+            if done and left > 0:
+                least = max(least, math.ceil((LEAST_KEPT * self.spec.sessions - min(done)) / left))
+        if series.budgets:
             first = math.ceil(samples_needed(self.spec) / self.spec.sessions)
-            if count >= self.spec.sessions and self.spec.budgets:
+            if count >= self.spec.sessions:
                 first = max(first, math.ceil(MOST_SAMPLES / LOOKS[-1]))
             least = max(least, first)
+        elif series.rival is None:
+            least = math.ceil(samples_needed(self.spec) / self.spec.sessions)
         return LEG * math.ceil(max(least, 2 * LEG) / LEG)
 
     def _limits(self, against: str) -> dict[str, float]:
@@ -255,32 +328,41 @@ class _Table:
             found["p50"] = min(found.get("p50", math.inf), percent_of(self.spec.speedup))
         return found
 
-    def _job(self, subjects: tuple[Subject, ...], cells: list[CellJob], count: int) -> Job:
+    def _job(self, series: _Series, subjects: tuple[Subject, ...], cells: list[CellJob], pace: _Pace) -> Job:
         return Job(
             subjects=subjects,
             cells=tuple(cells),
             leg=LEG,
-            order=1 if count % 2 else 0,
+            order=1 if pace.count % 2 else 0,
             warm_up_s=self.spec.warm_up_s,
             transfers=self.spec.copies,
             wait=self.spec.wait,
             streams=self.spec.streams,
-            on_gpu=self.timing.evidence is Evidence.DEVICE,
+            on_gpu=self.timing.evidence is Evidence.DEVICE or (series.rival is not None and series.rival.on_gpu),
+            max_s=pace.next_s(),
         )
 
-    def _findings(self, series: _Series, cell: Cell, *, budgets: bool) -> list[Finding]:
+    def _findings(self, series: _Series, cell: Cell) -> list[Finding]:
         """What the sessions so far say of a cell."""
         sessions = series.sessions.get(cell.name, [])
         found: list[Finding] = []
         ours = [each.cells[0].subjects[0] for each in sessions]
-        if budgets and self.spec.budgets:
+        if series.budgets:
             doubts = budget_doubts(sessions, 0, streams=self.spec.streams)
+            blocks_pass = (*self._too_few(ours), *doubts.blocks_pass)
             for finding in budget_findings(ours, cell=cell, spec=self.spec, evidence=self.timing.evidence):
-                doubtful = doubted(finding, doubts.blocks_pass, blocks=(Status.PASSED,))
+                doubtful = doubted(finding, blocks_pass, blocks=(Status.PASSED,))
                 found.append(doubted(doubtful, doubts.blocks_fail, blocks=(Status.FAILED,)))
         if series.rival is not None:
             found += self._ratio_findings(series.rival, sessions, cell)
         return found
+
+    def _too_few(self, ours: Sequence[SubjectTimes]) -> tuple[str, ...]:
+        """That there are fewer inferences than the spec asks for."""
+        n, asked = sum(len(each.regions[self.spec.timed]) for each in ours), self.spec.samples
+        if asked is None or n >= asked:
+            return ()
+        return (f"{n} of the {asked} samples that are asked for; raise max_time_s",)
 
     def _ratio_findings(self, rival: Rival, sessions: list[SessionTimes], cell: Cell) -> Iterator[Finding]:
         n = sum(len(each.cells[0].subjects[0].regions[self.spec.timed]) for each in sessions)
@@ -297,7 +379,8 @@ class _Table:
                     n=n,
                     evidence=self.timing.evidence,
                 )
-                yield doubted(finding, self._doubts(sessions, name, limit), blocks=both)
+                doubts = self._doubts(sessions, name, limit, limit_ratio=1.0 + limit / 100.0)
+                yield doubted(finding, doubts, blocks=both)
         if speedup is not None and speedup.against == rival.against:
             finding = speedup_finding(
                 estimate(self._log_ratios(sessions, "p50")),
@@ -307,15 +390,34 @@ class _Table:
                 n=n,
                 evidence=self.timing.evidence,
             )
-            yield doubted(finding, self._doubts(sessions, "p50", percent_of(speedup)), blocks=both)
+            doubts = self._doubts(sessions, "p50", percent_of(speedup), limit_ratio=1.0 / speedup.at_least)
+            yield doubted(finding, doubts, blocks=both)
 
     def _log_ratios(self, sessions: Sequence[SessionTimes], name: str) -> list[float]:
         p, region = RATIO_PERCENTILES[name], self.spec.timed
         pairs = (each.cells[0].subjects for each in sessions)
         return [log_ratio(a.regions[region], b.regions[region], p) for a, b in pairs]
 
-    def _doubts(self, sessions: Sequence[SessionTimes], name: str, limit: float) -> tuple[str, ...]:
-        return ratio_doubts(sessions, 0, tolerance_percent=limit, p=RATIO_PERCENTILES[name], region=self.spec.timed)
+    def _doubts(
+        self, sessions: Sequence[SessionTimes], name: str, tolerance_percent: float, *, limit_ratio: float
+    ) -> tuple[str, ...]:
+        distance = math.log(estimate(self._log_ratios(sessions, name)).ratio) - math.log(limit_ratio)
+        doubts = ratio_doubts(
+            sessions,
+            0,
+            tolerance_percent=tolerance_percent,
+            p=RATIO_PERCENTILES[name],
+            region=self.spec.timed,
+            distance=abs(distance),
+        )
+        kept = sum(len(each.cells[0].subjects[0].regions[self.spec.timed]) for each in sessions)
+        if kept >= LEAST_KEPT * len(sessions):
+            return doubts
+        short = (
+            f"{kept // len(sessions)} inferences of each engine in a session, the rule takes at least {LEAST_KEPT}; "
+            "raise max_time_s"
+        )
+        return (short, *doubts)
 
     def _metrics(self, every: Sequence[_Series], cell: Cell) -> LatencyMetrics:
         first = every[0]
@@ -376,6 +478,78 @@ def private_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class _Pace:
+    """How the sessions of a series share its time.
+
+    Until the first look each has an equal share of what is left, and keeps fewer inferences where that is too short.
+    Later ones are begun where one as long as the longest so far still fits.
+
+    Args:
+        spec: How many sessions the first look takes, and how long one may take.
+        max_time_s: For all of them.
+    """
+
+    def __init__(self, spec: LatencySpec, max_time_s: float) -> None:
+        self.first = spec.sessions
+        self.last = max(LOOKS[-1], spec.sessions)
+        self.count = 0
+        self._left = max_time_s
+        self._timeout_s = spec.session_timeout_s
+        self._longest_s = 0.0
+        self._kept = 0
+        self._timed_s = 0.0
+        self._loading_s = 0.0
+
+    def add(self, times: SessionTimes, took_s: float, *, kept: int) -> None:
+        """A session is over."""
+        self.count += 1
+        self._left -= took_s
+        self._longest_s = max(self._longest_s, took_s)
+        legs_s = sum(max(each.span_ns for each in cell.subjects) for cell in times.cells) / 1e9
+        found = min((len(each.subjects[0].regions["host_wall"]) for each in times.cells), default=kept)
+        self._kept, self._timed_s, self._loading_s = found, legs_s, max(took_s - legs_s, 0.0)
+
+    def is_look(self) -> bool:
+        """Whether the rule looks at so many sessions."""
+        return self.count >= self.first and (self.count in (*LOOKS, self.first) or next_look(self.count) is None)
+
+    def over(self, asked: str) -> str:
+        """Why there is no time for another session; empty where there is."""
+        least = self._longest_s if self.count >= self.first else self.seconds_of_one(2 * LEG)
+        if not self.count or least <= self._left:
+            return ""
+        return f"{asked} was over after {_sessions(self.count)}"
+
+    def next_s(self) -> float:
+        """How long the next session aims to take, above 0."""
+        share = self._left if self.count >= self.first else self._share_s()
+        return max(min(_OF_A_SHARE * share, _OF_A_TIMEOUT * self._timeout_s), 1e-3)
+
+    def kept_in_share(self) -> float:
+        """Inferences of each engine in a session's share of the time, if loading took none: the first loads longest."""
+        return self._kept * self.next_s() / self._timed_s if self._timed_s > 0.0 else math.inf
+
+    def seconds_of_one(self, kept: int) -> float:
+        """How long a session with so many inferences of each engine takes, as the last one went."""
+        return self._loading_s + self._timed_s * kept / max(self._kept, 1)
+
+    def seconds_for(self, kept: int) -> float:
+        """How long the sessions of the first look take."""
+        return self.first * self.seconds_of_one(kept) / _OF_A_SHARE
+
+    def _share_s(self) -> float:
+        return max(self._left, 0.0) / (self.first - self.count)
+
+
+def _session(timing: Timing, job: Job, timeout_s: float, number: int) -> SessionTimes:
+    """One session, whose failure says which it was."""
+    try:
+        return timing.session(job, timeout_s)
+    except GateError as err:
+        err.message = f"session {number}: {err.message}"
+        raise
+
+
 def _with(job: CellJob, kept: int, subjects: int) -> CellJob:
     return msgspec.structs.replace(job, kept=kept, subjects=tuple(range(subjects)))
 
@@ -398,8 +572,8 @@ def measured_usage(timing: Timing, usage: UsageSpec) -> tuple[UsageMetrics | Non
                 on_gpu=timing.evidence is Evidence.DEVICE,
             )
             sessions = []
-            for _ in range(LOOKS[0]):
-                sessions.append(run_session(job, timeout_s=LatencySpec().session_timeout_s + usage.seconds))
+            for number in range(1, LOOKS[0] + 1):
+                sessions.append(_session(timing, job, LatencySpec().session_timeout_s + usage.seconds, number))
                 timing.advance()
         found = [each.usage[0] for each in sessions]
         metrics = usage_metrics(found, batch=usage.batch)

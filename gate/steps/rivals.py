@@ -86,14 +86,18 @@ def rival_of(run: Context, engine: EngineSpec, against: str, *, evidence: Eviden
                 hint="Time against it on a machine with PyTorch, or against another engine.",
             )
         return Rival(
-            against, f"the reference, {run.identity.title}", Subject(name=against, spec=run.file.path.resolve())
+            against,
+            f"the reference, {run.identity.title}",
+            Subject(name=against, spec=run.file.path.resolve()),
+            on_gpu=run.spec.model.device == "cuda",
         )
     if against == "baseline":
         return _baseline(run, engine, evidence)
     if against in [each.name for each in run.spec.engines]:
         other = run.file.engine(against)
         made = make_engine(run, other, backend_named(other.backend))
-        return Rival(against, f"engine {against}", engine_subject(other, file=run.file, made=made))
+        subject = engine_subject(other, file=run.file, made=made)
+        return Rival(against, f"engine {against}", subject, on_gpu=other.required_evidence == "device")
     return bundle_rival(run.file.folder / against, against=against)
 
 
@@ -137,7 +141,8 @@ def bundle_rival(folder: Path, *, against: str) -> Rival:
         file=bundle.engine.resolve(),
         sha256=bundle.files[bundle.engine.relative_to(bundle.folder).as_posix()].sha256,
     )
-    return Rival(against, f"{bundle.metadata.engine} of {folder}", subject)
+    title = f"{bundle.metadata.engine} of {folder}"
+    return Rival(against, title, subject, on_gpu=engine.required_evidence == "device")
 
 
 def engine_memory(run: Context, timing: Timing, memory: MemorySpec) -> tuple[EngineMemory | None, tuple[Failure, ...]]:

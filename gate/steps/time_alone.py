@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,20 +28,35 @@ from gate.verdict import Evidence
 _SEPARATOR = "::"
 
 
+_B = "b"
+"""What the table of the command calls the other engine."""
+
+
 @dataclass(frozen=True)
-class _Opened:
-    """What A or B came to.
+class _Named:
+    """What a name leads to.
 
     Args:
-        spec: Its inputs.
-        engine: Its part of the spec.
+        file: Its spec.
+        engine: Its part of it.
+        bundle: The verified bundle that it lies in; None: it is made.
+    """
+
+    file: SpecFile
+    engine: EngineSpec
+    bundle: Rival | None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An engine that is there.
+
+    Args:
         subject: What a session loads.
         feeds: The batches that go with it.
         run: Its spec's run; None for a bundle.
     """
 
-    spec: GateSpec
-    engine: EngineSpec
     subject: Subject
     feeds: Feeds
     run: Context | None
@@ -65,30 +81,35 @@ def compare_latency(
     observer = observer or Silence()
     closing: list[Callable[[], None]] = []
     try:
-        a = _opened(first, options, observer, closing)
-        engine = msgspec.structs.replace(a.engine, latency=spec)
+        named = _named(first)
+        engine = msgspec.structs.replace(named.engine, latency=spec)
         evidence = backend_named(engine.backend).runs_here(engine)
         if evidence is None:
             raise BackendUnavailable(
                 f"backend {engine.backend!r} can only compile on this machine, so there is nothing to time",
                 hint="gate doctor says what is usable here.",
             )
-        sizes = dynamic_axes_of(a.spec)
-        for _, message in latency_problems(spec, batch_axis=batch_axis_of(a.spec), axes=sizes):
-            raise SpecError(message.removeprefix("[engine.latency] "))
-        if spec.timed != "host_wall" and evidence is not Evidence.DEVICE:
-            raise SpecError(f'--timed {spec.timed} needs an engine on a GPU; leave it out, which is "host_wall"')
+        _require_timeable(spec, named.file.spec, evidence)
+        other = None if against is None else _other(named, against)
+        a = _opened(named, options, observer, closing)
+        rival: Rival | None = None
+        if other is not None:
+            b = _opened(other, options, observer, closing)
+            rival = Rival(_B, str(against), b.subject, on_gpu=other.engine.required_evidence == "device")
+        elif against is not None and a.run is not None:
+            rival = replace(rival_of(a.run, engine, against, evidence=evidence), against=_B)
         timing = Timing(
             file=None,
             engine=engine,
             subject=a.subject,
             evidence=evidence,
-            rival=lambda _: _rival(a, str(against), options, observer, closing, evidence=evidence),
+            rival=lambda against: _given(rival, against),
             feeds=a.feeds,
             advance=observer.advance,
             max_time_s=options.max_time_s,
         )
-        observer.stage("latency", engine=engine.name)
+        sessions = sum(table.spec.sessions * max(len(table.spec.rivals), 1) for table in timed_tables(spec))
+        observer.stage("latency", engine=engine.name, total=sessions)
         found = measured_latency(timing)
         observer.done()
         return found
@@ -125,10 +146,38 @@ def exported_latency(paths: Sequence[Path], spec: LatencySpec) -> Timed:
     return Timed(latencies=(metrics,), findings=found)
 
 
-def _opened(name: str, options: CheckOptions, observer: Observer, closing: list[Callable[[], None]]) -> _Opened:
+def _require_timeable(spec: LatencySpec, inputs: GateSpec, evidence: Evidence) -> None:
+    """Hold what is asked for against the inputs, before anything is made.
+
+    Raises:
+        SpecError: A size is outside the profile, options contradict each other, or they need a GPU.
+    """
+    for key, message in latency_problems(spec, batch_axis=batch_axis_of(inputs), axes=dynamic_axes_of(inputs)):
+        # Measuring without a limit is what the command may do and a spec may not.
+        if key != ("latency",) or spec.has_limit:
+            raise SpecError(message.removeprefix("[engine.latency] "))
+    if spec.timed != "host_wall" and evidence is not Evidence.DEVICE:
+        raise SpecError(f'--timed {spec.timed} needs an engine on a GPU; leave it out, which is "host_wall"')
+
+
+def _named(name: str) -> _Named:
+    """What a name leads to; nothing is made yet, and a bundle is verified.
+
+    Raises:
+        SpecError: It leads to nothing, or to a spec with several engines.
+        BundleError: It is a bundle, and not what was sealed.
+    """
     path, separator, wanted = name.partition(_SEPARATOR)
     if not separator and Path(path).is_dir():
-        return _bundle(Path(path))
+        rival = bundle_rival(Path(path), against=Path(path).name)
+        file = read_spec(Path(path) / SPEC_PATH)
+        return _Named(file, file.engine(verify(Path(path)).metadata.engine), rival)
+    if not Path(path).exists():
+        raise SpecError(
+            "there is no such file, and no such bundle",
+            where=path,
+            hint=f"An engine is named with its spec, such as gate.toml{_SEPARATOR}{wanted or path}.",
+        )
     file = read_spec(Path(path))
     if not separator:
         names = [each.name for each in file.spec.engines]
@@ -139,45 +188,70 @@ def _opened(name: str, options: CheckOptions, observer: Observer, closing: list[
                 hint=f"gate latency {shlex.quote(f'{path}{_SEPARATOR}{names[0]}')}",
             )
         wanted = names[0]
-    engine = file.engine(wanted)
-    run = Context(file, replace(options, engines=(wanted,)), observer)
+    return _Named(file, file.engine(wanted), None)
+
+
+def _opened(named: _Named, options: CheckOptions, observer: Observer, closing: list[Callable[[], None]]) -> _Opened:
+    """Its engine, made where it is not sealed."""
+    file, engine = named.file, named.engine
+    if named.bundle is not None:
+        return _Opened(named.bundle.subject, RandomFeeds(file.spec), None)
+    run = Context(file, replace(options, engines=(engine.name,)), observer)
     closing.append(run.close)
     run.open_samples()
     run.open_reference()
     made = make_engine(run, engine, backend_named(engine.backend))
-    subject = engine_subject(engine, file=file, made=made)
-    return _Opened(file.spec, engine, subject, SampleFeeds(file.spec, run.source), run)
+    return _Opened(engine_subject(engine, file=file, made=made), SampleFeeds(file.spec, run.source), run)
 
 
-def _bundle(folder: Path) -> _Opened:
-    rival = bundle_rival(folder, against=folder.name)
-    file = _spec_of(folder)
-    return _Opened(file.spec, file.engine(verify(folder).metadata.engine), rival.subject, RandomFeeds(file.spec), None)
+def _other(a: _Named, against: str) -> _Named | None:
+    """What B names; None: the reference, the baseline or another engine of A's spec.
 
-
-def _spec_of(folder: Path) -> SpecFile:
-    return read_spec(folder / SPEC_PATH)
-
-
-def _rival(
-    a: _Opened,
-    against: str,
-    options: CheckOptions,
-    observer: Observer,
-    closing: list[Callable[[], None]],
-    *,
-    evidence: Evidence,
-) -> Rival:
-    """What B names."""
-    if a.run is not None and against in ("reference", "baseline", *(each.name for each in a.run.spec.engines)):
-        return replace(rival_of(a.run, a.engine, against, evidence=evidence), against="b")
+    Raises:
+        SpecError: It names nothing, or takes other inputs than A.
+        BundleError: It is a bundle, and not what was sealed.
+    """
+    names = [each.name for each in a.file.spec.engines]
+    if a.bundle is None and against in ("reference", "baseline", *names):
+        return None
     if against in ("reference", "baseline"):
         raise SpecError(
             f"a bundle has no {against} beside it", hint="Name an engine of a spec as A: gate latency gate.toml::ENGINE"
         )
-    b = _opened(against, options, observer, closing)
-    if dict.fromkeys(b.spec.inputs) != dict.fromkeys(a.spec.inputs):
+    if a.bundle is None and _SEPARATOR not in against and not Path(against).exists():
+        near = difflib.get_close_matches(against, ["reference", "baseline", *names], n=1, cutoff=0.55)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
         raise SpecError(
-            f"A takes {', '.join(a.spec.inputs)}, and B takes {', '.join(b.spec.inputs)}: they cannot be given the same"
+            f"--against {against!r} is neither reference, baseline, an engine of {a.file.path} ({', '.join(names)}) "
+            f"nor a bundle{meant}"
         )
-    return Rival("b", against, b.subject)
+    b = _named(against)
+    _require_same_inputs(a.file.spec, b.file.spec)
+    return b
+
+
+def _require_same_inputs(a: GateSpec, b: GateSpec) -> None:
+    """Refuse engines that cannot be given the same.
+
+    Raises:
+        SpecError: They cannot.
+    """
+    kinds = [
+        {
+            name: (each.dtype, [size for size in each.shape if isinstance(size, int)])
+            for name, each in spec.inputs.items()
+        }
+        for spec in (a, b)
+    ]
+    if kinds[0] != kinds[1]:
+        said = [
+            ", ".join(f"{name} {each.dtype} [{', '.join(map(str, each.shape))}]" for name, each in spec.inputs.items())
+            for spec in (a, b)
+        ]
+        raise SpecError(f"A takes {said[0]}, and B takes {said[1]}: they cannot be given the same")
+
+
+def _given(rival: Rival | None, against: str) -> Rival:
+    if rival is None:
+        raise MeasurementError(f"there is no {against} to time it in turn with", hint="Name the other with --against.")
+    return rival

@@ -63,7 +63,7 @@ precision = "fp32"
 """
 
 FAILING = SPEC.replace("[engine.parity]", "[engine.parity]\n  sqnr_db_at_least = 900.0")
-INCONCLUSIVE = SPEC + "  [engine.latency]\n  samples = 20\n  warm_up_s = 0.0\n  p99_ms = 1000.0\n"
+INCONCLUSIVE = SPEC + "  [engine.latency]\n  max_time_s = 0.01\n  samples = 20\n  warm_up_s = 0.0\n  p99_ms = 1000.0\n"
 BROKEN = SPEC.replace('precision = "fp32"', 'precision = "fp32"\nonnx = "missing.onnx"')
 WITH_ABSENT = (
     SPEC

@@ -106,7 +106,7 @@ def test_different_slowdowns_are_told_apart():
 def test_another_process_on_the_gpu_is_a_doubt_and_blocks_no_pass():
     sessions = pairs(readings=readings({}, {}))
     sessions[1] = session(*sessions[1].cells[0].subjects, readings=[Reading(subject=0, **{**CALM, "others": 1})])
-    doubt = ("another process was on the GPU in 1 of 5 sessions",)
+    doubt = ("another process came to the GPU in 1 of 5 sessions",)
     assert ratio(sessions) == doubt
     assert budget_doubts(sessions, 0) == BudgetDoubts(blocks_fail=doubt)
 
@@ -123,9 +123,16 @@ def test_gpu_that_was_busy_before_is_a_doubt_and_blocks_no_pass(percent, doubted
 
 
 def test_noise_above_the_tolerance_is_a_doubt_of_each_engine():
-    doubts = ratio(pairs(sd=1.0), tolerance_percent=1.0)
-    assert [doubt[:24] for doubt in doubts] == ["A against itself varies ", "B against itself varies "]
-    assert all("more than the tolerance of 1 %" in doubt for doubt in doubts)
+    doubts = ratio(pairs(sd=1.0), tolerance_percent=1.0, p=0.5)
+    spread = [doubt for doubt in doubts if "varies" in doubt]
+    assert [doubt[:24] for doubt in spread] == ["A against itself varies ", "B against itself varies "]
+    assert all("more than the 1 % that are to be told apart" in doubt for doubt in spread)
+
+
+def test_noise_does_not_hide_a_ratio_that_lies_far_from_its_limit():
+    noisy = pairs(sd=1.0)
+    assert any("varies" in doubt for doubt in ratio(noisy, tolerance_percent=1.0, p=0.5))
+    assert ratio(noisy, tolerance_percent=1.0, p=0.5, distance=5.0) == ()
 
 
 def test_spread_of_the_halves_is_divided_by_the_square_root_of_two():
@@ -149,7 +156,7 @@ def test_engine_that_differs_from_itself_is_a_doubt(factor):
         a, b = each.cells[0].subjects
         wall = [int(ns * factor) if i // LEG % 2 else ns for i, ns in enumerate(b.regions["host_wall"])]
         sessions.append(session(a, subject(tuple(wall))))
-    assert ratio(sessions) == ("B differs from itself by 5 %: the machine drifts",)
+    assert ratio(sessions) == ("B differs from itself by 5 %, more than 3 %: the machine drifts",)
 
 
 def test_engine_that_drifts_within_the_tolerance_is_no_doubt():

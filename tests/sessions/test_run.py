@@ -337,6 +337,66 @@ def test_failure_of_no_known_class_or_damaged_is_an_error(data, message):
     assert message in str(raised)
 
 
+def test_session_keeps_fewer_when_its_time_is_over(project):
+    both = project.job(project.ort("A"), project.ort("B"), max_s=1e-3)
+    cell = project.cell(subjects=(0, 1), kept=5000)
+    (times,) = run_session(msgspec.structs.replace(both, cells=(cell,)), timeout_s=LIMIT_S).cells
+    assert [len(each.regions["host_wall"]) for each in times.subjects] == [16, 16]
+
+
+def test_cells_share_the_time_of_a_session(project):
+    cells = tuple(project.cell(batch=batch, kept=10**7) for batch in (1, 8))
+    job = project.job(project.ort(), cells=cells, max_s=2.0)
+    times = run_session(job, timeout_s=LIMIT_S)
+    kept = [len(each.subjects[0].regions["host_wall"]) for each in times.cells]
+    assert all(100 < each < 10**7 and each % 16 == 0 for each in kept)
+    assert 1.0 < times.seconds < 10.0
+
+
+def test_streams_keep_fewer_when_their_time_is_over(project):
+    job = project.job(project.ort(), cells=(project.cell(kept=10**7),), streams=2, max_s=1e-3)
+    (cell,) = run_session(job, timeout_s=LIMIT_S).cells
+    assert len(cell.subjects[0].regions["host_wall"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("max_s", "seconds", "kept", "taken"),
+    [
+        (10.0, 20.0, 16, True),
+        (10.0, 20.0, 32, True),
+        (10.0, 20.0, 40, True),
+        (None, 20.0, 16, False),
+        (10.0, 4.0, 16, False),
+        (10.0, 20.0, 17, False),
+        (10.0, 20.0, 8, False),
+        (10.0, 20.0, 48, False),
+    ],
+)
+def test_fewer_inferences_than_asked_are_taken_only_in_whole_turns_when_time_was_over(
+    answers, max_s, seconds, kept, taken
+):
+    (cell,) = answers.job.cells
+    job = msgspec.structs.replace(answers.job, cells=(msgspec.structs.replace(cell, kept=40),), leg=8, max_s=max_s)
+    times = answers.with_subject(regions={"host_wall": (5,) * kept}, leg=8, span_ns=1000)
+    data = msgspec.json.encode(times)
+    if taken:
+        assert times_from_bytes(data, job, seconds=seconds) == times
+    else:
+        with pytest.raises(MeasurementError, match=f"{kept} inferences of 40"):
+            times_from_bytes(data, job, seconds=seconds)
+
+
+def test_engines_that_kept_different_numbers_are_an_error(answers):
+    subjects = (answers.job.subjects[0], msgspec.structs.replace(answers.job.subjects[0], name="other"))
+    (cell,) = answers.job.cells
+    cell = msgspec.structs.replace(cell, kept=40, subjects=(0, 1))
+    job = msgspec.structs.replace(answers.job, subjects=subjects, cells=(cell,), leg=8, max_s=1.0)
+    sizes = [SubjectTimes(regions={"host_wall": (5,) * kept}, leg=8, warm_up=1, span_ns=1000) for kept in (16, 32)]
+    times = msgspec.structs.replace(answers.times, cells=(CellTimes(subjects=tuple(sizes)),))
+    with pytest.raises(MeasurementError, match="'other': 32 inferences of 16"):
+        times_from_bytes(msgspec.json.encode(times), job, seconds=5.0)
+
+
 @pytest.mark.gpu
 def test_regions_of_an_engine_on_the_gpu(project):
     subject = project.torch_on_gpu()

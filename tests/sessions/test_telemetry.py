@@ -168,12 +168,12 @@ def test_memory_of_a_mig_instance_is_its_own(monkeypatch):
         ([], [os.getpid()], 0),
         ([os.getppid()], [os.getppid(), os.getpid()], 0),
         ([], [os.getpid(), 4_000_001], 1),
-        ([4_000_001], [4_000_001, os.getpid()], 1),
-        ([4_000_001], [4_000_001, 4_000_002, os.getpid(), os.getpid()], 2),
+        ([4_000_001], [4_000_001, os.getpid()], 0),
+        ([4_000_001], [4_000_001, 4_000_002, os.getpid(), os.getpid()], 1),
         ([], [4_000_009], 0),
-        ([4_000_001], [4_000_001], 1),
-        ([4_000_001], [4_000_001, 4_000_009], 1),
-        ([4_000_001], [4_000_001, 4_000_009, 4_000_002], 2),
+        ([4_000_001], [4_000_001], 0),
+        ([4_000_001], [4_000_001, 4_000_009], 0),
+        ([4_000_001], [4_000_001, 4_000_009, 4_000_002], 1),
         ([4_000_001], [4_000_009], 0),
     ],
     ids=[
@@ -190,7 +190,7 @@ def test_memory_of_a_mig_instance_is_its_own(monkeypatch):
         "in a container: one that was there has gone",
     ],
 )
-def test_other_processes_are_counted_without_this_one(before, now, others):
+def test_newcomers_are_counted_without_this_process(before, now, others):
     simulator = NvmlSimulator()
     simulator.pids = before
     watch = watching(simulator)

@@ -126,7 +126,7 @@ def test_latency_is_measured_as_the_spec_says():
     )
     latency = {"batch": 4, "p50_ms": 1}
     assert run(make_spec(latency=latency)) == (
-        "trtexec --loadEngine=model.plan --shapes=x:4x3 --iterations=200 --duration=0 --warmUp=500 "
+        "trtexec --loadEngine=model.plan --shapes=x:4x3 --iterations=200 --duration=0 --warmUp=1000 "
         "--percentile=50,90,95,99 --exposeDMA"
     )
 
