@@ -181,7 +181,7 @@ def reasons():
     for row in section("What INCONCLUSIVE means").splitlines():
         if row.startswith("| `"):
             for reason in re.findall(r"`([^`]+)`", row.split("|")[1]):
-                yield [part.strip(" %()") for part in re.split(r"\S*\d\S*(?: sessions\b)?|…|\bA\b(?!')", reason)]
+                yield [part.strip(" %(),") for part in re.split(r"\S*\d\S*(?: sessions\b)?|…|\bA\b(?!')", reason)]
 
 
 def test_every_reason_is_one_that_the_gate_gives():
