@@ -1,10 +1,12 @@
 """How often the rule of interleaved sessions is wrong, beside three ways of comparing with a stored run.
 
-    python -m benchmarks.latency_rule [--quick] [--repetitions N] [--kept [200 ...]]
+    python -m benchmarks.latency_rule [--quick] [--repetitions N] [--kept [200 ...] | --budgets | --guard]
 
 Sessions are simulated: two engines in turns in one process, A slower than B by a factor that is known. The rule itself
 is the shipped code: `gate.latency.ratio` and `Finding.status`. Exit code 1 where it misses an aim. `--kept` looks for
-the least number of kept inferences per session that reaches the aims, the table in `gate.latency.ratio.kept_needed`.
+the least number of kept inferences per session that reaches the aims, the table in `gate.latency.ratio.kept_needed`;
+`--budgets` holds absolute budgets against percentiles that are known, `--guard` looks at the comparison of each engine
+with itself alone.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import signal, stats
 
+from gate.latency.bounds import percentile_bounds
 from gate.latency.guards import ratio_doubts
 from gate.latency.measurement import CellTimes, MemoryUse, SessionTimes, SubjectTimes
 from gate.latency.ratio import LEAST_KEPT, LOOKS, RATIO_PERCENTILES, estimate, kept_needed, log_ratio, next_look
+from gate.statistics import percentile_interval
 from gate.verdict import Evidence, Finding, Limit, Status
 
 Durations = npt.NDArray[np.int64]
@@ -414,17 +419,77 @@ def print_guard(repetitions: int) -> None:
             print(f"| {level} | {name} | {' | '.join(cells)} |", flush=True)
 
 
+BUDGETS = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+OVER = (-3.0, 0.0, 1.0, 3.0)
+"""How far the engine's percentile is over its budget, in percent."""
+
+
+def print_budgets(repetitions: int) -> None:
+    """How often a percentile passes and fails at a budget, by LoadGen's bound alone and by the gate's."""
+    print(
+        "\n| noise | percentile | over the budget by | LoadGen: passes | fails | the gate: passes | fails | sessions |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for number, (level, noise) in enumerate(LEVELS.items()):
+        rng = np.random.default_rng([number, 11])
+        pool = np.sort(sessions(noise, 8000, kept=64, slower=0.0, rng=rng)[0], axis=None)
+        for name, p in BUDGETS.items():
+            truth = float(pool[math.ceil(p * len(pool)) - 1])
+            for over in OVER:
+                budget = truth / (1.0 + over / 100.0)
+                found = [judged_budgets(noise, p, budget, rng=rng) for _ in range(repetitions)]
+                cells = [level, name, f"{over:g} %"]
+                for status in ("loadgen", "gate"):
+                    cells += [
+                        percent(sum(each[status] is wanted for each in found) / repetitions)
+                        for wanted in (Status.PASSED, Status.FAILED)
+                    ]
+                cells.append(f"{sum(each['sessions'] for each in found) / repetitions:.1f}")
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def judged_budgets(noise: Noise, p: float, budget: float, *, rng: np.random.Generator) -> dict[str, Any]:
+    """One engine against one budget: 200 inferences of each of the first 5 sessions, 600 of each later one."""
+    first = sessions(noise, LOOKS[0], kept=LEAST_KEPT, slower=0.0, rng=rng)[0]
+    later = sessions(noise, LOOKS[-1] - LOOKS[0], kept=3 * LEAST_KEPT, slower=0.0, rng=rng)[0]
+    every = [*first, *later]
+    found: dict[str, Any] = {"loadgen": Status.INCONCLUSIVE, "gate": Status.INCONCLUSIVE, "sessions": LOOKS[-1]}
+    for look in LOOKS:
+        timed = every[:look]
+        by_inference = percentile_interval(np.sort(np.concatenate(timed)), p)
+        for name, interval in (("loadgen", by_inference), ("gate", percentile_bounds(timed, p))):
+            if found[name] is Status.INCONCLUSIVE:
+                found[name] = (
+                    Status.PASSED
+                    if interval.upper <= budget
+                    else Status.FAILED
+                    if interval.lower > budget
+                    else Status.INCONCLUSIVE
+                )
+                if name == "gate" and found[name] is not Status.INCONCLUSIVE:
+                    found["sessions"] = look
+    return found
+
+
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--repetitions", type=int, default=None, help="of each truth; 2000 if left out")
     parser.add_argument("--kept", type=int, nargs="*", help="find the least kept inferences instead")
+    parser.add_argument("--budgets", action="store_true", help="judge absolute budgets instead")
+    parser.add_argument("--guard", action="store_true", help="only the comparison of each engine with itself")
     given = parser.parse_args()
     repetitions = given.repetitions or (400 if given.quick else 2000)
     begin = time.perf_counter()
     if given.kept is not None:
         print_kept(repetitions, given.kept or KEPT)
+        return 0
+    if given.budgets:
+        print_budgets(repetitions)
+        return 0
+    if given.guard:
+        print_guard(repetitions)
         return 0
     print_calibration(min(repetitions, 300))
     misses: list[str] = []

@@ -643,8 +643,15 @@ def accepted_engine(
         from gate.device import fingerprint as of_machine
 
         fingerprint = of_machine(for_gpu=_on_gpu(backend, evidence))
-    path = baseline_path(root, case=case, engine=engine, device=device_of(backend, evidence, fingerprint))
-    accepted = read_baseline(path).engine_sha256
+    device = device_of(backend, evidence, fingerprint)
+    path = baseline_path(root, case=case, engine=engine, device=device)
+    baseline = read_baseline(path)
+    for name, expected in {"case": case, "engine": engine, "device": device}.items():
+        if (got := getattr(baseline.subject, name)) != expected:
+            raise BaselineError(
+                f"is of another {name}: {got!r}, this run has {expected!r}", where=str(path), hint=ACCEPT
+            )
+    accepted = baseline.engine_sha256
     if accepted is None:
         raise BaselineError(
             "does not say which engine it is of: it was accepted before that was kept",

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +139,15 @@ class Nvml:
 
 
 def open_nvml(bindings: Any = None) -> Nvml | None:
-    """Open NVML for the first visible GPU; None without its bindings or without a GPU. Who opens it may shut it down.
+    """Open NVML for the first visible GPU, CUDA's device 0 of this process. Who opens it may shut it down.
+
+    CUDA counts the GPUs by their speed, NVML by their PCI bus, so of several the CUDA driver is asked which it is.
 
     Args:
         bindings: Used in the place of `pynvml`.
+
+    Returns:
+        None without NVML's bindings, without a GPU, or where nothing says which of several it is.
     """
     if is_gpu_hidden():
         return None
@@ -156,11 +162,13 @@ def open_nvml(bindings: Any = None) -> Nvml | None:
     except bindings.NVMLError:
         return None
     try:
-        whole, part = _nvml_handles(bindings)
+        handles = _nvml_handles(bindings)
     except bindings.NVMLError:
+        handles = None
+    if handles is None:
         bindings.nvmlShutdown()
         return None
-    return Nvml(bindings=bindings, whole=whole, part=part)
+    return Nvml(bindings=bindings, whole=handles[0], part=handles[1])
 
 
 def fingerprint(for_gpu: bool) -> Fingerprint:
@@ -234,9 +242,8 @@ def open_context() -> bool:
 
     Source: the CUDA driver API, cuDevicePrimaryCtxRetain.
     """
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    cuda = _load_cuda()
+    if cuda is None:
         return False
     device, context = ctypes.c_int(), ctypes.c_void_p()
     return bool(
@@ -318,8 +325,49 @@ def _memory_reader() -> Callable[[], int | None] | None:
     return used
 
 
-def _nvml_handles(nvml: Any) -> tuple[Any, Any]:
+def _load_cuda() -> Any:
+    """The CUDA driver; None where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _first_cuda_device() -> tuple[str, str | None] | None:
+    """PCI bus id of CUDA's device 0 in this process, and its identifier without prefix; None where CUDA has none.
+
+    No context is opened.
+
+    Source: the CUDA driver API, cuDeviceGetPCIBusId and cuDeviceGetUuid_v2, which gives a MIG instance's own.
+    """
+    cuda = _load_cuda()
+    device, bus, raw = ctypes.c_int(), ctypes.create_string_buffer(32), ctypes.create_string_buffer(16)
+    try:
+        if (
+            cuda is None
+            or cuda.cuInit(0) != 0
+            or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0
+            or cuda.cuDeviceGetPCIBusId(bus, len(bus), device) != 0
+        ):
+            return None
+        known = cuda.cuDeviceGetUuid_v2(raw, device) == 0
+    except AttributeError:
+        known = False
+    if not bus.value:
+        return None
+    return bus.value.decode(), str(uuid.UUID(bytes=raw.raw)) if known else None
+
+
+def _counts_by_bus() -> bool:
+    """Whether CUDA is told to count the GPUs as NVML and `nvidia-smi` do."""
+    return os.environ.get("CUDA_DEVICE_ORDER", "").upper() == "PCI_BUS_ID"
+
+
+def _nvml_handles(nvml: Any) -> tuple[Any, Any] | None:
     """Handles of the first visible GPU, and of the part of it that is visible: a MIG instance, or the GPU again.
+
+    Returns:
+        None where no GPU has the identifier, or nothing says which of several is the first.
 
     Raises:
         NVMLError: There is none.
@@ -328,14 +376,30 @@ def _nvml_handles(nvml: Any) -> tuple[Any, Any]:
     if name.startswith("MIG-"):
         part = nvml.nvmlDeviceGetHandleByUUID(name)
         return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part), part
+    count = nvml.nvmlDeviceGetCount()
     if name.startswith("GPU-"):
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            # CUDA takes the beginning of an identifier, too, where it is unique.
-            if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(name):
-                return handle, handle
+        every = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        # CUDA takes the beginning of an identifier, too, where it is unique.
+        found = [each for each in every if _text(nvml.nvmlDeviceGetUUID(each)).startswith(name)]
+        return (found[0], found[0]) if len(found) == 1 else None
+    if count > 1 and (first := _first_cuda_device()) is not None:
+        bus, identifier = first
+        handle = nvml.nvmlDeviceGetHandleByPciBusId(bus.encode())
+        return handle, _part_of(nvml, handle, identifier)
+    if count > 1 and not _counts_by_bus():
+        return None
     handle = nvml.nvmlDeviceGetHandleByIndex(_first_visible())
     return handle, handle
+
+
+def _part_of(nvml: Any, whole: Any, identifier: str | None) -> Any:
+    """The MIG instance of a GPU with that identifier; the GPU where it is its own, or is not known."""
+    if identifier is None or _text(nvml.nvmlDeviceGetUUID(whole)) == f"GPU-{identifier}":
+        return whole
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{identifier}")
+    except nvml.NVMLError:
+        return whole
 
 
 def _nvml_gpu(nvml: Any, handle: Any) -> Gpu:
@@ -357,12 +421,11 @@ def _gpu_by_command() -> Gpu | None:
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
-    text = _output([command, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"])
-    rows = [[part.strip() for part in line.split(",")] for line in (text or "").splitlines()]
-    index = _first_visible()
-    if index >= len(rows) or len(rows[index]) != 3:
+    said = _row_of_first(command, "name,compute_cap,driver_version", "noheader")
+    row = [part.strip() for part in (said or "").split(",")]
+    if len(row) != 3:
         return None
-    name, capability, driver = rows[index]
+    name, capability, driver = row
     version = re.search(r"CUDA Version: *([0-9.]+)", _output([command]) or "")
     return Gpu(
         name=name, compute_capability=capability, driver=driver, cuda=version.group(1) if version is not None else None
@@ -406,15 +469,28 @@ def _queried(fields: tuple[str, ...]) -> dict[str, str]:
     command = shutil.which("nvidia-smi")
     if command is None:
         return {}
-    text = _output([command, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
-    rows = (text or "").splitlines()
-    index = _first_visible()
-    parts = [part.strip() for part in rows[index].split(",")] if index < len(rows) else []
+    said = _row_of_first(command, ",".join(fields), "noheader,nounits")
+    parts = [] if said is None else [part.strip() for part in said.split(",")]
     if len(parts) == len(fields):
         return dict(zip(fields, parts, strict=True))
     if len(fields) == 1:
         return {}
     return {name: value for field in fields for name, value in _queried((field,)).items()}
+
+
+def _row_of_first(command: str, fields: str, layout: str) -> str | None:
+    """What `nvidia-smi` says of the first visible GPU; None where it fails, or nothing says which of several it is."""
+    text = _output([command, f"--query-gpu={fields}", f"--format=csv,{layout}"])
+    rows = (text or "").splitlines()
+    if len(rows) > 1 and (first := _first_cuda_device()) is not None:
+        rows = (
+            _output([command, f"--query-gpu={fields}", f"--format=csv,{layout}", f"--id={first[0]}"]) or ""
+        ).splitlines()
+        return rows[0] if len(rows) == 1 else None
+    index = _first_visible()
+    if index >= len(rows) or (len(set(rows)) > 1 and not _counts_by_bus()):
+        return None
+    return rows[index]
 
 
 def _leading_int(text: str | None) -> int | None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
 from gate.engines.interface import BuildRecord, CalibrationRecord, LoweringRecord
 from gate.errors import BundleError, MeasurementError, VerificationError
-from gate.latency.config import PERCENTILES, SESSIONS, Cell
+from gate.latency.bounds import equal_parts, percentile_bounds, throughput_bounds, throughput_of
+from gate.latency.config import PERCENTILES, Cell
 from gate.latency.measurement import Region
 from gate.latency.ratio import (
+    LEAST_KEPT,
     RATIO_PERCENTILES,
     RatioEstimate,
     estimate,
@@ -40,7 +42,6 @@ from gate.results import (
     builtins_from,
 )
 from gate.spec import Name
-from gate.statistics import mean_interval, percentile_interval
 from gate.verdict import Evidence, Finding, Interval, Limit, Status, Verdict
 
 METADATA_PATH = "artifacts/metadata.json"
@@ -180,11 +181,13 @@ class RawLatency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     Args:
         name: As in the summary.
         sessions: Of each process, in the order in which they were measured; at least one of each.
+        spans_ns: From the begin of the first to the end of the last inference of each process.
         comparisons: By what the engine was timed in turn with, the inferences of both in each process.
     """
 
     name: str
     sessions: tuple[Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=1)], ...]
+    spans_ns: tuple[PositiveInt, ...] = ()
     comparisons: dict[str, tuple[SessionPair, ...]] = {}
 
 
@@ -411,6 +414,7 @@ def latency_evidence(result: EngineResult) -> LatencyEvidence | None:
             RawLatency(
                 name=each.name,
                 sessions=sessions,
+                spans_ns=each.spans_ns,
                 comparisons={other.against: other.pairs for other in each.comparisons},
             )
         )
@@ -544,10 +548,7 @@ def _latency_contradictions(
     if [each.name for each in summaries] != [each.name for each in evidence.cells]:
         yield f"{LATENCY_PATH} is not of the batch sizes and shapes in the metadata"
         return
-    expected: dict[str, tuple[float, Interval]] = {}
-    several = {
-        Cell(batch=each.batch, name=each.name).check("latency.throughput") for each in summaries if each.streams > 1
-    }
+    expected: dict[str, _Again] = {}
     for summary, raw in zip(summaries, evidence.cells, strict=True):
         label = f"latency{f'[{summary.name}]' if summary.name else ''}"
         try:
@@ -563,23 +564,32 @@ def _latency_contradictions(
         yield from _comparison_contradictions(summary, raw, label)
     for each in findings:
         if each.check not in expected:
-            if each.check.startswith("latency.") and each.check not in several:
+            if each.check.startswith("latency."):
                 yield f"{each.check} is of no latency in the metadata"
             continue
-        value, interval = expected[each.check]
+        again = expected[each.check]
         pairs = (
-            ("", each.estimate, value),
-            ("'s lower bound", each.interval.lower, interval.lower),
-            ("'s upper bound", each.interval.upper, interval.upper),
+            ("", each.estimate, again.estimate),
+            ("'s lower bound", each.interval.lower, again.interval.lower),
+            ("'s upper bound", each.interval.upper, again.interval.upper),
+            ("'s n", each.n, again.n),
         )
-        for what, got, again in pairs:
-            if got != again and not math.isclose(got, again, rel_tol=1e-6, abs_tol=1e-9):
-                yield f"{each.check}{what} is {got:.6g}, {LATENCY_PATH} gives {again:.6g}"
+        for what, got, value in pairs:
+            if got != value and not math.isclose(got, value, rel_tol=1e-6, abs_tol=1e-9):
+                yield f"{each.check}{what} is {got:.6g}, {LATENCY_PATH} gives {value:.6g}"
+
+
+class _Again(NamedTuple):
+    """A finding computed again."""
+
+    estimate: float
+    interval: Interval
+    n: int
 
 
 def _recomputed(
     summary: LatencySummary, raw: RawLatency
-) -> tuple[dict[str, tuple[float, Interval]], dict[str, float]]:  # the pair never leaves this module
+) -> tuple[dict[str, _Again], dict[str, float]]:  # the pair never leaves this module
     """Estimates and intervals of findings by their check, and what the summary must say, from the raw latencies.
 
     Raises:
@@ -588,32 +598,37 @@ def _recomputed(
     pooled = np.sort(positive_durations([value for session in raw.sessions for value in session]))
     cell = Cell(batch=summary.batch, name=summary.name)
     said: dict[str, float] = {}
-    found: dict[str, tuple[float, Interval]] = {}
+    found: dict[str, _Again] = {}
     for key, p in PERCENTILES.items():
         said[key] = nearest_rank(pooled, p) / 1e6
-        bounds = percentile_interval(pooled, p)
-        upper = bounds.upper / 1e6 if len(raw.sessions) >= SESSIONS else math.inf
-        found[cell.check(f"latency.{key}")] = (said[key], Interval(max(0.0, bounds.lower / 1e6), upper))
+        equal, bounds = equal_parts(raw.sessions), percentile_bounds(raw.sessions, p)
+        interval = Interval(max(0.0, bounds.lower / 1e6), bounds.upper / 1e6)
+        found[cell.check(f"latency.{key}")] = _Again(nearest_rank(equal, p) / 1e6, interval, len(equal))
     said["max_ms"] = int(pooled[-1]) / 1e6
     said["mean_ms"] = int(pooled.sum()) / len(pooled) / 1e6
     said["n"] = len(pooled)
     said["sessions"] = len(raw.sessions)
-    if summary.streams == 1:
-        # With several streams the time that all of them took is not among the raw latencies.
-        each_s = [summary.batch * len(session) * 1e9 / sum(session) for session in raw.sessions]
-        said["throughput"] = math.fsum(each_s) / len(each_s)
-        bounds = mean_interval(each_s)
-        lower = max(0.0, bounds.lower) if len(each_s) >= SESSIONS else 0.0
-        found[cell.check("latency.throughput")] = (said["throughput"], Interval(lower, bounds.upper))
+    if len(raw.spans_ns) != len(raw.sessions):
+        raise MeasurementError(f"{len(raw.sessions)} sessions have {len(raw.spans_ns)} spans")
+    spans = [span if summary.streams > 1 else None for span in raw.spans_ns]
+    each_s = [
+        throughput_of(session, batch=summary.batch, span_ns=span)
+        for session, span in zip(raw.sessions, spans, strict=True)
+    ]
+    said["throughput"] = math.fsum(each_s) / len(each_s)
+    found[cell.check("latency.throughput")] = _Again(said["throughput"], throughput_bounds(each_s), len(pooled))
     for each in summary.comparisons:
-        for name, ratio in _ratios(raw.comparisons.get(each.against, ())).items():
+        pairs = raw.comparisons.get(each.against, ())
+        n = sum(len(pair.a_ns) for pair in pairs)
+        for name, ratio in _ratios(pairs).items():
             lower, upper = ratio.interval.lower, ratio.interval.upper
             regression, speedup = cell.check(f"latency.regression_{name}"), cell.check("latency.speedup")
             if regression in each.checks:
                 interval = Interval(100.0 * (lower - 1.0), 100.0 * (upper - 1.0))
-                found[regression] = (100.0 * (ratio.ratio - 1.0), interval)
+                found[regression] = _Again(100.0 * (ratio.ratio - 1.0), interval, n)
             if speedup in each.checks and name == "p50":
-                found[speedup] = (1.0 / ratio.ratio, Interval(1.0 / upper, 1.0 / lower if lower > 0.0 else math.inf))
+                interval = Interval(1.0 / upper, 1.0 / lower if lower > 0.0 else math.inf)
+                found[speedup] = _Again(1.0 / ratio.ratio, interval, n)
     return found, said
 
 
@@ -621,10 +636,21 @@ def _comparison_contradictions(summary: LatencySummary, raw: RawLatency, label: 
     if sorted(each.against for each in summary.comparisons) != sorted(raw.comparisons):
         yield f"{label}: {LATENCY_PATH} does not hold its comparisons"
         return
+    if summary.comparisons:
+        # The cell's inferences are those that were timed in turn with the first.
+        first = summary.comparisons[0].against
+        if tuple(pair.a_ns for pair in raw.comparisons[first]) != raw.sessions:
+            yield f"{label} against {first}: the engine's inferences are not those of {LATENCY_PATH}"
     for each in summary.comparisons:
-        ratios = _ratios(raw.comparisons[each.against])
-        if len(raw.comparisons[each.against]) != each.sessions:
+        sessions = raw.comparisons[each.against]
+        if len(sessions) != each.sessions:
             yield f"{label} against {each.against}: {each.sessions} sessions are said, others are held"
+        kept = sum(len(pair.a_ns) for pair in sessions)
+        if any(len(pair.a_ns) != len(pair.b_ns) for pair in sessions):
+            yield f"{label} against {each.against}: a session has not as many inferences of both engines"
+        if each.checks and kept < LEAST_KEPT * len(sessions):
+            yield f"{label} against {each.against}: {kept} inferences, the rule takes {LEAST_KEPT} of each session"
+        ratios = _ratios(sessions)
         if set(each.ratios) != set(ratios):
             yield f"{label} against {each.against}: ratios are of {', '.join(ratios)}, it has {', '.join(each.ratios)}"
             continue

@@ -175,6 +175,7 @@ class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         comparisons: With other engines.
         notes: What a reader should know: throttling, other processes on the GPU.
         session_sizes: How many of `durations_ns` are of each session.
+        spans_ns: From the begin of a session's first kept inference to the end of its last one.
         durations_ns: Every raw latency, in order; kept as evidence, left out of report.json.
     """
 
@@ -204,6 +205,7 @@ class LatencyMetrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
     session_sizes: tuple[int, ...] = ()
+    spans_ns: tuple[int, ...] = ()
     durations_ns: tuple[int, ...] = ()
 
 

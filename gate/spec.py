@@ -17,7 +17,7 @@ import msgspec
 
 from gate.data.image_spec import ImagesSpec, Preprocess
 from gate.errors import SpecError
-from gate.latency.config import LatencySpec, StagesSpec, UsageSpec, latency_problems, timed_tables
+from gate.latency.config import LatencySpec, StagesSpec, UsageSpec, fixed_batch_problem, latency_problems, timed_tables
 from gate.postprocess.config import Postprocess, Tiling
 from gate.postprocess.config import problems as postprocess_problems
 
@@ -1055,7 +1055,10 @@ def _measurement_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[
         for key in given:
             if key != "cpu_percent_at_most" and not on_gpu:
                 yield ("usage", key), f'{key} needs an engine on a GPU, evidence "device"'
-        if batch_axis is not None and batch_axis in sizes:
+        if isinstance(batch_axis, int):
+            if (problem := fixed_batch_problem(engine.usage.batch, batch_axis)) is not None:
+                yield ("usage", "batch"), f"[engine.usage] {problem}"
+        elif batch_axis in sizes:
             low, high = sizes[batch_axis]
             if not low <= engine.usage.batch <= high:
                 yield (
@@ -1218,10 +1221,34 @@ def _lowering_contradictions(engine: EngineSpec) -> Iterator[tuple[KeyPath, str]
             yield ("lowering", "exclude_nodes"), f"exclude_nodes[{index}] = {pattern!r} is no regular expression: {err}"
 
 
-def batch_axis_of(spec: GateSpec) -> str | None:
-    """Name of the inputs' first axis; None where it is fixed."""
+class _Timed(msgspec.Struct, frozen=True):
+    """What an engine's table says of latency, whatever else it says."""
+
+    latency: LatencySpec | tuple[LatencySpec, ...] | None = None
+
+
+def latency_tables_of(data: bytes, engine: str) -> LatencySpec | tuple[LatencySpec, ...] | None:
+    """The latency tables of one engine, read from a spec whose other parts may be of another version.
+
+    Args:
+        data: Of `gate.toml`.
+        engine: Its name.
+
+    Raises:
+        SpecError: It is no TOML, has no such engine, or the tables are none of latency.
+    """
+    try:
+        engines = tomllib.loads(data.decode("utf-8")).get("engine", [])
+        (found,) = [each for each in engines if each.get("name") == engine]
+        return msgspec.convert(found, _Timed, strict=True).latency
+    except (ValueError, AttributeError, TypeError, msgspec.ValidationError) as err:
+        raise SpecError(f"its [engine.latency] of {engine!r} cannot be read: {err}") from err
+
+
+def batch_axis_of(spec: GateSpec) -> str | int:
+    """Name of the inputs' first axis, or its size where it is fixed; 1 for an input without axes."""
     first = next(iter(spec.inputs.values())).shape[:1] if spec.inputs else ()
-    return first[0] if first and isinstance(first[0], str) else None
+    return first[0] if first else 1
 
 
 def dynamic_axes_of(spec: GateSpec) -> dict[str, tuple[int, int]]:

@@ -24,7 +24,8 @@ import msgspec
 
 from gate import atomic
 from gate.baseline import baseline_from_bytes
-from gate.errors import BaselineError, BundleError, DigestMismatch, GateError, VerificationError
+from gate.errors import BaselineError, BundleError, DigestMismatch, GateError, SpecError, VerificationError
+from gate.latency.config import latency_limits
 from gate.manifest import (
     MAX_JSON_BYTES,
     FileDigest,
@@ -54,6 +55,7 @@ from gate.metadata import (
 from gate.metrics.findings import TILED, unpacked
 from gate.metrics.kinds import kind_named
 from gate.results import CheckRun, EngineResult, builtins_from
+from gate.spec import latency_tables_of
 from gate.verdict import Evidence, PassedVerdict
 
 MANIFEST_PATH = "seals/manifest.json"
@@ -479,6 +481,7 @@ class _Verification:
             looked.append(key)
         if sha256_hex(self.require(SPEC_PATH)) != digests.spec:
             raise DigestMismatch("is not the spec that the engine was judged by", where=self.where(SPEC_PATH))
+        self.latency_limits()
         looked.append("spec")
         where = self.where(BASELINE_PATH)
         if (BASELINE_PATH in self.contents) != (digests.baseline is not None):
@@ -490,6 +493,7 @@ class _Verification:
                 raise VerificationError(err.message, where=where) from err
             if baseline.digest != digests.baseline:
                 raise DigestMismatch("is not the baseline that the engine was judged by", where=where)
+            self.accepted_engine(baseline.engine_sha256)
             looked.append("baseline")
         if self.scores():
             looked.append("scores")
@@ -499,6 +503,37 @@ class _Verification:
         if LATENCY_PATH in self.contents:
             looked.append("latency")
         return ", ".join(looked)
+
+    def latency_limits(self) -> None:
+        """The latency findings are those that the spec asks for, with its limits; what never ran has none."""
+        if self.metadata.verdict.evidence is Evidence.PREFLIGHT and not self.metadata.latency:
+            return
+        where = self.where(SPEC_PATH)
+        try:
+            asked = latency_limits(latency_tables_of(self.contents[SPEC_PATH], self.metadata.engine))
+        except SpecError as err:
+            raise VerificationError(err.message, where=where) from err
+        said = {
+            each.check: each.limit.value for each in self.metadata.verdict.findings if each.check.startswith("latency.")
+        }
+        for check in dict.fromkeys([*asked, *said]):
+            if asked.get(check) != said.get(check):
+                raise VerificationError(
+                    f"asks for {check} with a limit of {asked.get(check, 'none')}, the metadata has "
+                    f"{said.get(check, 'none')}",
+                    where=where,
+                )
+
+    def accepted_engine(self, sha256: str | None) -> None:
+        """What was called the baseline's engine is that engine."""
+        for latency in self.metadata.latency:
+            for each in latency.comparisons:
+                if each.against == "baseline" and each.sha256 != sha256:
+                    raise VerificationError(
+                        f"was accepted with engine {str(sha256)[:12]}…, the latency was compared with "
+                        f"{str(each.sha256)[:12]}…",
+                        where=self.where(BASELINE_PATH),
+                    )
 
     def scores(self) -> bool:
         """The task's values are those that the samples' contributions give; False where there is no such task."""

@@ -134,8 +134,11 @@ class Regions(Protocol):
         ...
 
 
-Call = Callable[[int], Regions | None]
-"""One inference, done when it returns; takes its number, by which inputs take turns."""
+Call = Callable[[int], Callable[[], Regions] | None]
+"""One inference, done when it returns; takes its number, by which inputs take turns.
+
+What it returns reads the events of that inference; it is called once the clock was read, before the next inference.
+"""
 
 
 class LegTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -350,7 +353,7 @@ class _Timed:
         walls, said = self._walls.append, self._said.append
         for _ in range(size):
             start = clock()
-            regions = call(number)
+            unread = call(number)
             end = clock()
             if start < previous or end < start:
                 raise _stepped_back(clock, max(previous, start), min(start, end))
@@ -359,7 +362,7 @@ class _Timed:
             previous = end
             number += 1
             walls(end - start)
-            said(regions)
+            said(None if unread is None else unread())
         self._calls = number
         self._end = previous
         return previous

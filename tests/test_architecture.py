@@ -17,6 +17,7 @@ LAYERS = {
     "errors": ("errors",),
     "words": (
         "data.image_spec",
+        "latency.bounds",
         "latency.config",
         "latency.measurement",
         "latency.ratio",
@@ -76,6 +77,7 @@ CORE = ("errors", "words", "results", "judges")
 
 # Within one layer imports go nowhere, but for these: importer -> what it may import.
 SIDEWAYS = {
+    "latency.bounds": {"statistics", "verdict"},
     "latency.ratio": {"statistics", "verdict"},
     "spec": {"data.image_spec", "latency.config", "postprocess.config"},
     "statistics": {"verdict"},

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import uuid
 from types import SimpleNamespace
 
 import pytest
@@ -46,12 +47,65 @@ def test_gpu_is_read_from_nvidia_smi_where_its_bindings_are_missing(tmp_path, mo
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(device, "_load_cuda", lambda: None)
+    device.gpu.cache_clear()
+    try:
+        assert device.gpu() == device.Gpu(name="NVIDIA H200", compute_capability="9.0", driver="580.1")
+        device.gpu.cache_clear()
+        monkeypatch.delenv("CUDA_DEVICE_ORDER")
+        assert device.gpu() is None
+    finally:
+        device.gpu.cache_clear()
+
+
+def test_nvidia_smi_is_asked_for_the_gpu_that_cuda_counts_first(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(
+        '#!/bin/sh\ncase "$*" in *--id=0000:02:00.0*) ;; *) echo "NVIDIA L4, 8.9, 580.1" ;; esac\n'
+        "echo 'NVIDIA H200, 9.0, 580.1'\n"
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(device, "_load_cuda", lambda: CudaSimulator("0000:02:00.0"))
     device.gpu.cache_clear()
     try:
         assert device.gpu() == device.Gpu(name="NVIDIA H200", compute_capability="9.0", driver="580.1")
     finally:
         device.gpu.cache_clear()
+
+
+class CudaSimulator:
+    """The CUDA driver as far as it says which GPU it counts first."""
+
+    def __init__(self, bus, identifier=None, *, status=0):
+        self.bus, self.identifier, self.status = bus, identifier, status
+
+    def cuInit(self, flags):
+        return self.status
+
+    def cuDeviceGet(self, device, ordinal):
+        assert ordinal == 0
+        device._obj.value = 5
+        return 0
+
+    def cuDeviceGetPCIBusId(self, text, length, device):
+        assert device.value == 5
+        assert len(self.bus) < length
+        text.value = self.bus.encode()
+        return 0
+
+    def cuDeviceGetUuid_v2(self, raw, device):
+        if self.identifier is None:
+            return 1
+        raw.raw = uuid.UUID(self.identifier).bytes
+        return 0
+
+
+INSTANCE = "4d2b1a66-1f0e-5c3a-8f6e-0123456789ab"
 
 
 class NvmlSimulator:
@@ -83,9 +137,12 @@ class NvmlSimulator:
         return ("NVIDIA H200", "NVIDIA L4")[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
-        if uuid != "MIG-a":
+        if uuid not in ("MIG-a", f"MIG-{INSTANCE}"):
             raise self.NVMLError("Not Found")
         return "instance"
+
+    def nvmlDeviceGetHandleByPciBusId(self, bus):
+        return {b"0000:01:00.0": "NVIDIA H200", b"0000:02:00.0": "NVIDIA L4"}[bus]
 
     def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, part):
         return "NVIDIA H200"
@@ -137,6 +194,8 @@ def nvml(monkeypatch):
         simulator = NvmlSimulator(**without)
         monkeypatch.setitem(sys.modules, "pynvml", simulator)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", without.get("order", "PCI_BUS_ID"))
+        monkeypatch.setattr(device, "_load_cuda", lambda: without.get("cuda"))
         device.gpu.cache_clear()
         device._memory_reader.cache_clear()
         return simulator
@@ -180,6 +239,49 @@ def test_first_visible_gpu_is_found_by_index_or_identifier(nvml, visible, name):
     found = device.gpu()
     assert found is not None
     assert found.name == name
+
+
+@pytest.mark.parametrize(
+    ("bus", "name"), [("0000:01:00.0", "NVIDIA H200"), ("0000:02:00.0", "NVIDIA L4")], ids=["as NVML", "another order"]
+)
+@pytest.mark.parametrize("visible", ["0", "1", "0,1"])
+def test_of_several_gpus_it_is_the_one_that_cuda_counts_first(nvml, bus, name, visible):
+    simulator = nvml(visible, order="FASTEST_FIRST", cuda=CudaSimulator(bus))
+    opened = device.open_nvml()
+    assert opened == device.Nvml(bindings=simulator, whole=name, part=name)
+
+
+@pytest.mark.parametrize("cuda", [None, CudaSimulator("0000:01:00.0", status=100), CudaSimulator("")])
+def test_of_several_gpus_none_is_guessed_where_cuda_does_not_say_which_is_first(nvml, cuda):
+    simulator = nvml("0", order="FASTEST_FIRST", cuda=cuda)
+    assert device.open_nvml() is None
+    assert simulator.open == 0
+    nvml("0", order="PCI_BUS_ID", cuda=cuda)
+    opened = device.open_nvml()
+    assert opened is not None
+    assert opened.whole == "NVIDIA H200"
+
+
+def test_a_single_gpu_needs_no_word_of_cuda(nvml, monkeypatch):
+    nvml("0", order="FASTEST_FIRST")
+    monkeypatch.setattr(NvmlSimulator, "nvmlDeviceGetCount", lambda self: 1)
+    opened = device.open_nvml()
+    assert opened is not None
+    assert opened.whole == opened.part == "NVIDIA H200"
+
+
+def test_a_mig_instance_that_cuda_counts_first_is_the_visible_part(nvml):
+    simulator = nvml("0", cuda=CudaSimulator("0000:01:00.0", INSTANCE))
+    assert device.open_nvml() == device.Nvml(bindings=simulator, whole="NVIDIA H200", part="instance")
+    simulator = nvml("0", cuda=CudaSimulator("0000:01:00.0", str(uuid.UUID(int=7))))
+    assert device.open_nvml() == device.Nvml(bindings=simulator, whole="NVIDIA H200", part="NVIDIA H200")
+
+
+@pytest.mark.parametrize("name", ["GPU-33", "GPU-"], ids=["unknown", "of two"])
+def test_an_identifier_of_no_one_gpu_is_no_gpu(nvml, name):
+    simulator = nvml(name)
+    assert device.open_nvml() is None
+    assert simulator.open == 0
 
 
 def test_memory_of_a_mig_instance_is_its_own(nvml):
@@ -339,3 +441,16 @@ def test_the_context_is_opened_once_and_its_memory_is_not_counted_again():
     before = device.device_memory_used_bytes()
     assert device.open_context() is True
     assert device.device_memory_used_bytes() == before
+
+
+@pytest.mark.gpu
+def test_cuda_and_nvml_agree_on_the_first_gpu_here():
+    first = device._first_cuda_device()
+    opened = device.open_nvml()
+    assert first is not None
+    assert opened is not None
+    bus, identifier = first
+    nvml = opened.bindings
+    found = nvml.nvmlDeviceGetHandleByPciBusId(bus.encode())
+    assert nvml.nvmlDeviceGetUUID(found) == nvml.nvmlDeviceGetUUID(opened.whole)
+    assert nvml.nvmlDeviceGetUUID(opened.part) in (f"GPU-{identifier}", f"MIG-{identifier}")

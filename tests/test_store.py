@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from gate.baseline import baseline_from_result
 from gate.errors import BundleError, DigestMismatch, ExitCode, MeasurementError, VerificationError
+from gate.latency.bounds import percentile_bounds
 from gate.latency.budgets import regression_finding, speedup_finding
 from gate.latency.config import Cell, SpeedupSpec
 from gate.latency.ratio import RATIO_PERCENTILES, estimate, log_ratio
@@ -314,6 +316,16 @@ def test_edited_metadata_is_refused_although_every_digest_holds(bundle, path, va
         verify(bundle)
 
 
+def test_a_budget_that_was_left_out_is_missed_although_every_digest_holds(bundle):
+    findings = json.loads((bundle / METADATA).read_bytes())["verdict"]["findings"]
+    edit(bundle, METADATA, "verdict", "findings", value=findings[:2])
+    reseal(bundle)
+    with pytest.raises(
+        VerificationError, match=r"asks for latency\.p99_ms with a limit of 10\.0, the metadata has none"
+    ):
+        verify(bundle)
+
+
 def test_edited_baseline_is_refused_although_every_digest_holds(bundle):
     edit(bundle, "baseline/baseline.json", "task", "top1", value=90)
     reseal(bundle)
@@ -364,11 +376,13 @@ def change_a_duration(raw):
 
 def remove_a_session(raw):
     raw["cells"][0]["sessions"].pop()
+    raw["cells"][0]["spans_ns"].pop()
 
 
 def join_two_sessions(raw):
     first, second, *others = raw["cells"][0]["sessions"]
     raw["cells"][0]["sessions"] = [first + second, *others]
+    raw["cells"][0]["spans_ns"].pop()
 
 
 def add_a_comparison(raw):
@@ -401,8 +415,16 @@ def test_latencies_of_fewer_processes_than_a_budget_takes_are_refused_although_a
     edit(bundle, METADATA, "latency", 0, "sessions", value=4)
     edit(bundle, METADATA, "latency", 0, "throughput", value=sum(len(each) * 1e9 / sum(each) for each in raw) / 4)
     reseal(bundle)
-    with pytest.raises(VerificationError, match="latency.p99_ms's upper bound is 0.249918, .* gives inf"):
+    with pytest.raises(
+        VerificationError, match="latency.p99_ms's lower bound is 0.248716, evidence/latency.json gives 0"
+    ):
         verify(bundle)
+
+
+COMPARED = b"""  p99_ms = 10.0
+  regression = { p50 = 3.0, p95 = "5 %" }
+  speedup = { against = "baseline", at_least = 0.5 }
+"""
 
 
 @pytest.fixture
@@ -410,14 +432,22 @@ def compared_bundle(made, tmp_path):
     """A bundle of an engine that was timed in turn with its baseline's, and is as fast."""
     run, result, engine, extra = made
     durations = result.latencies[0].durations_ns
-    parts = [durations[start : start + 100] for start in range(0, 500, 100)]
+    parts = [durations[start : start + 100] * 2 for start in range(0, 500, 100)]
+    extra = {**extra, "policy/gate.toml": extra["policy/gate.toml"].replace(b"  p99_ms = 10.0\n", COMPARED)}
+    digest = hashlib.sha256(extra["policy/gate.toml"]).hexdigest()
+    run = msgspec.structs.replace(run, provenance=msgspec.structs.replace(run.provenance, spec_sha256=digest))
     pairs = tuple(SessionPair(a_ns=part, b_ns=tuple(each + 500 for each in part)) for part in parts)
     ratios = {
         name: estimate([log_ratio(pair.a_ns, pair.b_ns, p) for pair in pairs]) for name, p in RATIO_PERCENTILES.items()
     }
     cell = Cell(batch=1)
-    common = {"cell": cell, "against": "the baseline", "n": 500, "evidence": Evidence.HOST}
+    common = {"cell": cell, "against": "the baseline", "n": 1000, "evidence": Evidence.HOST}
+    *others, p99 = result.verdict.findings
+    bounds = percentile_bounds(parts, 0.99)
+    p99 = msgspec.structs.replace(p99, n=1000, interval=Interval(bounds.lower / 1e6, bounds.upper / 1e6))
     findings = (
+        *others,
+        p99,
         regression_finding(ratios["p50"], "p50", limit_percent=3.0, **common),
         regression_finding(ratios["p95"], "p95", limit_percent=5.0, **common),
         speedup_finding(ratios["p50"], SpeedupSpec(at_least=0.5), **common),
@@ -425,16 +455,22 @@ def compared_bundle(made, tmp_path):
     comparison = Comparison(
         against="baseline",
         title="the baseline",
-        sha256="a" * 64,
+        sha256=result.engine_sha256,
         ratios=ratios,
         sessions=5,
         seconds=3.0,
-        checks=tuple(each.check for each in findings),
+        checks=tuple(each.check for each in findings[3:]),
         stopped="decided after 5 sessions",
         pairs=pairs,
     )
-    result = with_latency(result, comparisons=(comparison,))
-    verdict = Verdict(findings=(*result.verdict.findings, *findings), required=result.verdict.required)
+    result = with_latency(
+        result,
+        comparisons=(comparison,),
+        n=1000,
+        durations_ns=tuple(itertools.chain(*parts)),
+        session_sizes=(200,) * 5,
+    )
+    verdict = Verdict(findings=findings, required=result.verdict.required)
     result = msgspec.structs.replace(result, verdict=verdict)
     run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
     return sealed((run, result, engine, extra), tmp_path / "compared").folder
@@ -443,12 +479,12 @@ def compared_bundle(made, tmp_path):
 def test_an_engine_is_sealed_with_every_latency_of_what_it_was_compared_with(compared_bundle):
     assert verify(compared_bundle).steps[4].detail == "PASSED, 6 findings recomputed, evidence: host"
     (cell,) = json.loads((compared_bundle / LATENCY).read_bytes())["cells"]
-    assert [len(each["b_ns"]) for each in cell["comparisons"]["baseline"]] == [100] * 5
+    assert [len(each["b_ns"]) for each in cell["comparisons"]["baseline"]] == [200] * 5
 
 
 def slower(raw):
     for pair in raw["cells"][0]["comparisons"]["baseline"]:
-        pair["a_ns"] = [2 * each for each in pair["a_ns"]]
+        pair["b_ns"] = [2 * each for each in pair["b_ns"]]
 
 
 def without_pairs(raw):
@@ -461,6 +497,14 @@ def without_the_comparison(raw):
 
 def of_another(raw):
     raw["cells"][0]["comparisons"] = {"reference": raw["cells"][0]["comparisons"]["baseline"]}
+
+
+def of_other_inferences(raw):
+    raw["cells"][0]["comparisons"]["baseline"][4]["a_ns"].reverse()
+
+
+def of_fewer(raw):
+    raw["cells"][0]["comparisons"]["baseline"][4]["b_ns"].pop()
 
 
 def without_a_pair(raw):
@@ -482,7 +526,9 @@ def cut_short(raw):
         (without_pairs, "latency: no session was measured"),
         (without_the_comparison, "latency: no session was measured"),
         (of_another, "latency: no session was measured"),
-        (without_a_pair, "5 sessions are said, others are held"),
+        (without_a_pair, "the engine's inferences are not those of evidence/latency.json"),
+        (of_other_inferences, "the engine's inferences are not those of evidence/latency.json"),
+        (of_fewer, "a session has not as many inferences of both engines"),
         (backwards, "inference 3 took -5 ns"),
         (cut_short, "no inference was timed"),
     ],
@@ -506,6 +552,7 @@ RATIOS = ("latency", 0, "comparisons", 0, "ratios")
         (RATIOS, {}, "ratios are of p50, p95, it has $"),
         ((*RATIOS, "p99"), {"ratio": 1.0, "interval": {"lower": 1.0, "upper": 1.0}, "sd": 0.0}, "it has p50, p95, p99"),
         (("latency", 0, "comparisons", 0, "sessions"), 20, "20 sessions are said, others are held"),
+        (("latency", 0, "streams"), 2, "latency.throughput is"),
         (("latency", 0, "comparisons", 0, "against"), "reference", "no session was measured"),
         (("latency", 0, "comparisons"), [], "does not hold its comparisons"),
         (("latency", 0, "comparisons", 0, "checks"), [], "latency.regression_p50 is of no latency in the metadata"),
@@ -513,6 +560,13 @@ RATIOS = ("latency", 0, "comparisons", 0, "ratios")
         (("verdict", "findings", 4, "interval", "upper"), 0.0, "latency.regression_p95's upper bound is 0"),
         (("verdict", "findings", 5, "estimate"), 9.0, "latency.speedup is 9, evidence/latency.json gives 1.0"),
         (("verdict", "findings", 5, "interval", "lower"), 0.9, "latency.speedup's lower bound is 0.9"),
+        (("verdict", "findings", 5, "n"), 10**9, r"latency.speedup's n is 1e\+09, evidence/latency.json gives 1000"),
+        (
+            ("verdict", "findings", 3, "limit", "value"),
+            900.0,
+            "asks for latency.regression_p50 with a limit of 3.0, .* 900",
+        ),
+        (("latency", 0, "comparisons", 0, "sha256"), "b" * 64, "the latency was compared with bbbb"),
     ],
 )
 def test_edited_comparisons_are_refused_although_every_digest_holds(compared_bundle, path, value, message):

@@ -140,7 +140,14 @@ class Engine:
     def __call__(self, number):
         self.log.append(f"{self.name}{number}")
         self.clock.now += self.takes
-        return self.says(number)
+        said = self.says(number)
+        return None if said is None else lambda: self.read(said)
+
+    def read(self, said):
+        """Asking the events takes its time too."""
+        self.clock.now += 1000
+        self.log.append(f"{self.name}r")
+        return said
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,14 @@ def test_regions_of_a_gpu_are_recorded_with_their_sum():
         "d2h": (6, 6, 6),
         "latency": (111, 112, 113),
     }
+
+
+def test_what_happened_on_the_gpu_is_asked_once_the_clock_was_read_and_of_kept_inferences_alone():
+    clock, log = Clock(), []
+    engine = Engine(clock, "A", log, says=Said)
+    (found,) = interleave([engine], kept=4, leg=2, discard=1, clock=clock)
+    assert found.regions["host_wall"] == (10, 10, 10, 10)
+    assert log == ["A0", "A1", "Ar", "A2", "Ar", "A3", "A4", "Ar", "A5", "Ar"]
 
 
 def test_without_copies_there_is_no_latency():

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gate.spec import ParityLimits
+from gate.latency.config import LatencySpec, RegressionSpec, SpeedupSpec, StagesSpec, UsageSpec, latency_checks
+from gate.latency.stages import stage_checks
+from gate.latency.usage import usage_checks
+from gate.spec import MEMORY_BUDGETS, ParityLimits
 from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status
 from gate.wording import (
     FINDINGS_PAGE,
@@ -138,6 +141,21 @@ def test_checks_of_any_tasks_values_share_headings_that_there_are(check, heading
     assert heading in _slugs((Path(__file__).parents[1] / FINDINGS_PAGE).read_text())
 
 
+def test_every_check_of_latency_stages_usage_and_memory_has_a_heading():
+    every = LatencySpec(batch=(1, 8), p99_9_ms=1.0, regression=RegressionSpec(), speedup=SpeedupSpec(at_least=2.0))
+    checks = {
+        "latency": latency_checks(every),
+        "stages": stage_checks(StagesSpec(p95_ms={"decode": 1.0, "total": 2.0})),
+        "usage": usage_checks(UsageSpec(power_w=1.0, cpu_percent_at_most=1.0)),
+    }
+    slugs = _slugs((Path(__file__).parents[1] / FINDINGS_PAGE).read_text())
+    for group, names in checks.items():
+        assert len(names) >= 2
+        assert {anchor(name) for name in (group, *names)} == {f"{FINDINGS_PAGE}#{group}"}
+        assert group in slugs
+    assert {"memory", *(f"memory-{budget}" for budget in MEMORY_BUDGETS)} <= slugs
+
+
 def test_sizes_have_units():
     assert [size_text(size) for size in (None, 12, 87040, 5 * 2**20)] == ["-", "12 B", "85 KiB", "5.0 MiB"]
 
@@ -157,8 +175,8 @@ def test_every_check_that_the_gate_names_has_a_heading():
     root = Path(__file__).parents[1]
     slugs = _slugs((root / FINDINGS_PAGE).read_text())
     source = "".join(path.read_text() for path in sorted((root / "gate").rglob("*.py")))
-    groups = "build|run|parity|metamorphic|task|latency|memory|baseline"
-    named = set(re.findall(rf"_failure\(\s*\"((?:{groups})[a-z0-9_.]*)\"", source))
+    groups = "build|run|parity|metamorphic|task|latency|stages|usage|memory|baseline"
+    named = set(re.findall(rf"failure\(\s*\"((?:{groups})[a-z0-9_.]*)\"", source))
     named |= set(re.findall(rf"check=f?\"((?:{groups})[a-z0-9_.]*)[\"\[{{]", source))
     named |= {f"parity.{name.removesuffix('_at_least')}" for name in ParityLimits.__struct_fields__}
     assert len(named) > 15

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,9 @@ def run(args: argparse.Namespace) -> ExitCode:
 
     spec = _asked(args)
     paths = [Path(args.subject), *map(Path, args.more)]
+    exported = [path for path in paths if path.is_file() and path.suffix != ".toml"]
+    if exported and (missing := [path for path in paths if not path.exists() and "::" not in str(path)]):
+        raise SpecError("there is no such file", where=str(missing[0]))
     if all(path.is_file() and path.suffix != ".toml" for path in paths):
         if args.against is not None:
             raise SpecError(
@@ -113,6 +117,9 @@ def _asked(args: argparse.Namespace) -> LatencySpec:
 
     from gate.latency.config import LatencySpec
 
+    for name in (*_BUDGETS, "throughput", "speedup"):
+        if (value := getattr(args, _field(name))) is not None and not math.isfinite(value):
+            raise SpecError(f"--{name} is a finite number, got {value}")
     given: dict[str, Any] = {f"{_field(name)}_ms": getattr(args, _field(name)) for name in _BUDGETS}
     given |= {
         "throughput_at_least": args.throughput,
@@ -180,7 +187,17 @@ def _as_json(latencies: tuple[LatencyMetrics, ...], findings: tuple[Finding | Fa
     from gate.verdict import status_of
 
     status = status_of([each.status for each in findings]).value if findings else None
-    return {"status": status, "latencies": builtins_from(latencies), "findings": builtins_from(findings)}
+    return {"status": status, "latencies": [_with_raw(each) for each in latencies], "findings": builtins_from(findings)}
+
+
+def _with_raw(latency: LatencyMetrics) -> dict[str, Any]:
+    from gate.results import builtins_from
+
+    found: dict[str, Any] = builtins_from(latency)
+    found["durations_ns"] = list(latency.durations_ns)
+    for shown, each in zip(found["comparisons"], latency.comparisons, strict=True):
+        shown["pairs"] = [{"a_ns": list(pair.a_ns), "b_ns": list(pair.b_ns)} for pair in each.pairs]
+    return found
 
 
 def _code(findings: tuple[Finding | Failure, ...]) -> ExitCode:

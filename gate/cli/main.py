@@ -6,7 +6,10 @@ Only argparse and the errors are imported here, so that `gate --help` answers at
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +18,12 @@ from gate.cli import COMMANDS
 from gate.errors import ExitCode, GateError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 INTERRUPTED = 130
+TERMINATED = 143
+"""128 and the number of SIGTERM, as a shell has it."""
+
 CRASHES = Path(".gate")
 
 _EXIT_CODES = """exit codes: 0 passed, 1 failed, 2 usage or spec, 3 inconclusive, 4 verification refused, 70 internal error.
@@ -31,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None: those of the process.
 
     Returns:
-        The exit code: a `gate.errors.ExitCode`, or 130 after Ctrl-C.
+        The exit code: a `gate.errors.ExitCode`, 130 after Ctrl-C, or 143 after SIGTERM.
 
     Raises:
         SystemExit: From argparse, after `--help`, `--version` or a usage error.
@@ -40,10 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser(arguments)
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        with _ended_in_order():
+            return int(options.run(options))
     except GateError as err:
         _say(str(err))
         return int(err.exit_code)
+    except _Terminated:
+        _say("terminated: no verdict; nothing half-written was left behind")
+        return TERMINATED
     except KeyboardInterrupt:
         _say("interrupted: no verdict; nothing half-written was left behind")
         return INTERRUPTED
@@ -54,6 +64,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as err:  # noqa: BLE001  anything else is a fault of the gate, and says so
         _say(_crash_message(err))
         return int(ExitCode.INTERNAL)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came. Whoever lets Ctrl-C pass lets it pass too."""
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that folders and processes of the gate go with it, unless somebody else handles it."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:  # noqa: ARG001
+        # Once is enough: a second one would end what cleans up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -212,13 +212,16 @@ class RegionTimes:
     d2h: int | None = None
 
 
+Unread = Callable[[], RegionTimes]
+"""Asks the events of an inference that is done. Call it outside the clock, before the runner's next inference: its events
+are those of the next one."""
+
+
 @runtime_checkable
 class RegionTimed(Protocol):
     """A runner on a GPU that can tell the regions of an inference apart."""
 
-    def region_timed(
-        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
-    ) -> Callable[[int], RegionTimes]:
+    def region_timed(self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait) -> Callable[[int], Unread]:
         """A call that runs one inference on one of several batches, all of the same shape, and says what it took.
 
         Args:
@@ -228,7 +231,9 @@ class RegionTimed(Protocol):
             wait: How the host waits for the end: `spin` or `block`.
 
         Returns:
-            A function of the batch's index. It returns when the inference is done.
+            A function of the batch's index. It returns when the last event of the inference is reached, with what reads
+            the events. A clock around it has the inference, recording two events (four with transfers) and one wait:
+            some microseconds of the host, the same for every engine of a backend.
 
         Raises:
             RunError: As `Runner.run`; or the batches differ in shape.

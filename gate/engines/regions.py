@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from gate.engines.interface import RegionTimes
+from gate.engines.interface import RegionTimes, Unread
 from gate.errors import RunError
 
 E = TypeVar("E")
@@ -34,21 +34,26 @@ def require_alike(batches: Sequence[Mapping[str, Any]], *, where: str) -> None:
                 )
 
 
-def region_times(
+def unread_regions(
     elapsed_ns: Callable[[E, E], int], events: tuple[E, E, E, E], *, enqueue: int, transfers: bool
-) -> RegionTimes:
-    """Wait for the end of an inference, and say what its regions took.
+) -> Unread:
+    """What asks the events of an inference for its regions, once the last of them is reached.
 
     Args:
-        elapsed_ns: Waits for its second event, and gives the nanoseconds between both.
+        elapsed_ns: Gives the nanoseconds between two events that are reached.
         events: Before the copies in, before the engine, after it, and after the copies out; the outer two are not
             looked at without transfers.
         enqueue: The host's time to launch the engine, nanoseconds.
         transfers: Whether there were copies.
     """
-    first, start, end, last = events
-    # Asked for in this order, the first question waits for all of the inference, in the events' own way of waiting.
-    d2h = elapsed_ns(end, last) if transfers else None
-    gpu_compute = elapsed_ns(start, end)
-    h2d = elapsed_ns(first, start) if transfers else None
-    return RegionTimes(gpu_compute=gpu_compute, enqueue=enqueue, h2d=h2d, d2h=d2h)
+
+    def read() -> RegionTimes:
+        first, start, end, last = events
+        return RegionTimes(
+            gpu_compute=elapsed_ns(start, end),
+            enqueue=enqueue,
+            h2d=elapsed_ns(first, start) if transfers else None,
+            d2h=elapsed_ns(end, last) if transfers else None,
+        )
+
+    return read

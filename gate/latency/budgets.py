@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gate.errors import MeasurementError
+from gate.latency.bounds import HELD_BY_SESSION, equal_parts, percentile_bounds, throughput_bounds, throughput_of
 from gate.latency.config import PERCENTILES, Cell, LatencySpec, SpeedupSpec
-from gate.latency.measurement import REGIONS, Region, SessionTimes, SubjectTimes
-from gate.latency.ratio import LOOKS, RatioEstimate, nearest_rank, positive_durations
+from gate.latency.measurement import LEAST_NS, REGIONS, Region, SessionTimes, SubjectTimes
+from gate.latency.ratio import LOOKS, RatioEstimate, durations_from, nearest_rank
 from gate.results import LatencyMetrics, RegionSummary
-from gate.statistics import least_samples, mean_interval, percentile_interval
+from gate.statistics import least_samples
 from gate.verdict import Evidence, Finding, Interval, Limit, Status
 
 LEAST_PER_SESSION = 200
@@ -99,6 +100,7 @@ def summarise(
         stopped=stopped,
         notes=notes,
         session_sizes=tuple(len(each.regions[spec.timed]) for each in sessions),
+        spans_ns=tuple(each.span_ns for each in sessions),
         durations_ns=tuple(durations.tolist()),
     )
 
@@ -117,7 +119,7 @@ def pooled_regions(sessions: Sequence[SubjectTimes]) -> dict[Region, npt.NDArray
     for index, each in enumerate(sessions):
         if set(each.regions) != set(names):
             raise MeasurementError(f"session {index} timed {', '.join(each.regions)}, the first {', '.join(names)}")
-        kept = {name: positive_durations(each.regions[name]) for name in names}
+        kept = {name: durations_from(each.regions[name], least=LEAST_NS[name]) for name in names}
         if len({len(values) for values in kept.values()}) != 1:
             sizes = ", ".join(f"{name} {len(values)}" for name, values in kept.items())
             raise MeasurementError(f"session {index} has regions of different lengths: {sizes}")
@@ -127,18 +129,11 @@ def pooled_regions(sessions: Sequence[SubjectTimes]) -> dict[Region, npt.NDArray
 
 
 def throughputs(sessions: Sequence[SubjectTimes], *, cell: Cell, spec: LatencySpec) -> list[float]:
-    """Samples per second of each session.
-
-    With one stream the batch over the mean of what is timed; with several, all that they did over the time it took.
-    """
-    found = []
-    for each in sessions:
-        values = positive_durations(each.regions[spec.timed])
-        whole = int(values.sum()) if spec.streams == 1 else each.span_ns
-        if whole <= 0:
-            raise MeasurementError(f"a session of {len(values)} inferences took {whole} ns in all")
-        found.append(cell.batch * len(values) * 1e9 / whole)
-    return found
+    """Samples per second of each session; as `gate.latency.bounds.throughput_of`."""
+    return [
+        throughput_of(each.regions[spec.timed], batch=cell.batch, span_ns=each.span_ns if spec.streams > 1 else None)
+        for each in sessions
+    ]
 
 
 def budget_findings(
@@ -146,9 +141,8 @@ def budget_findings(
 ) -> tuple[Finding, ...]:
     """One finding for each absolute budget.
 
-    A percentile is judged by MLPerf LoadGen's binomial bound at 99 % over the pooled inferences of at least 5 fresh
-    processes (`gate.statistics.percentile_interval`); throughput by a Student's t interval over the processes, 99 % on
-    each side.
+    A percentile is judged by `gate.latency.bounds.percentile_bounds`, throughput by `throughput_bounds`; neither is
+    decided with fewer sessions than the spec asks for.
 
     Raises:
         MeasurementError: As `pooled_regions`.
@@ -159,10 +153,10 @@ def budget_findings(
     durations = pooled_regions(sessions).get(spec.timed)
     if durations is None:
         raise MeasurementError(f'timed = "{spec.timed}" was asked for, and was not measured')
-    ordered = np.sort(durations)
+    timed = [each.regions[spec.timed] for each in sessions]
     few = len(sessions) < spec.sessions
     found = [
-        _percentile(ordered, key, budget=budgets[key], cell=cell, evidence=evidence, sessions=len(sessions), few=few)
+        _percentile(timed, key, budget=budgets[key], cell=cell, evidence=evidence, few=few)
         for key in PERCENTILES
         if key in budgets
     ]
@@ -226,9 +220,12 @@ def doubted(finding: Finding, reasons: Sequence[str], *, blocks: Sequence[Status
 
     Args:
         finding: As measured.
-        reasons: Why; none leaves it as it is.
+        reasons: Why; none leaves it as it is. What is not decided anyway has them added to its own.
         blocks: Which decisions the doubts are about.
     """
+    new = [each for each in reasons if each not in finding.detail]
+    if new and finding.status is Status.INCONCLUSIVE:
+        return msgspec.structs.replace(finding, detail="; ".join([*filter(None, [finding.detail]), *new]))
     if not reasons or finding.status not in blocks:
         return finding
     lower, upper = finding.interval.lower, finding.interval.upper
@@ -238,22 +235,16 @@ def doubted(finding: Finding, reasons: Sequence[str], *, blocks: Sequence[Status
 
 
 def _percentile(
-    ordered: npt.NDArray[np.int64],
-    key: str,
-    *,
-    budget: float,
-    cell: Cell,
-    evidence: Evidence,
-    sessions: int,
-    few: bool,
+    sessions: Sequence[Sequence[int]], key: str, *, budget: float, cell: Cell, evidence: Evidence, few: bool
 ) -> Finding:
-    n, p = len(ordered), PERCENTILES[key]
-    bounds = percentile_interval(ordered, p)
-    lower, upper = max(0.0, bounds.lower / 1e6), bounds.upper / 1e6
+    p = PERCENTILES[key]
+    bounds = Interval(-math.inf, math.inf) if few else percentile_bounds(sessions, p)
+    ordered = np.sort(equal_parts(sessions))
+    n = len(ordered)
     finding = Finding(
         check=cell.check(f"latency.{key}"),
         estimate=_rank_ms(ordered, p),
-        interval=Interval(lower, math.inf if few else upper),
+        interval=Interval(max(0.0, bounds.lower / 1e6), bounds.upper / 1e6),
         limit=Limit("at_most", budget),
         unit="ms",
         n=n,
@@ -265,10 +256,16 @@ def _percentile(
     detail = ""
     if finding.status is Status.INCONCLUSIVE:
         least = least_samples(p)
+        own = sorted(nearest_rank(each, p) / 1e6 for each in sessions)
         if n < least:
             detail = f"{name} needs at least {least} samples, has {n}; raise samples or max_time_s"
         elif few:
-            detail = f"{name} needs more processes, has {_sessions(sessions)}; raise max_time_s"
+            detail = f"{name} needs more processes, has {_sessions(len(sessions))}; raise max_time_s"
+        elif p in HELD_BY_SESSION:
+            detail = (
+                f"{over} of {n} inferences are over the budget, {name} of the {_sessions(len(sessions))} is "
+                f"{own[0]:.4g} to {own[-1]:.4g} ms; more sessions would decide"
+            )
         else:
             detail = f"{over} of {n} inferences are over the budget; more samples would decide"
     elif finding.status is Status.FAILED:
@@ -278,13 +275,11 @@ def _percentile(
 
 def _throughput(values: Sequence[float], *, cell: Cell, floor: float, n: int, few: bool, evidence: Evidence) -> Finding:
     sessions = len(values)
-    mean = math.fsum(values) / sessions
-    bounds = mean_interval(values)
-    interval = Interval(0.0 if few else max(0.0, bounds.lower), bounds.upper)
+    bounds = Interval(0.0, math.inf) if few else throughput_bounds(values)
     finding = Finding(
         check=cell.check("latency.throughput"),
-        estimate=mean,
-        interval=interval,
+        estimate=math.fsum(values) / sessions,
+        interval=bounds,
         limit=Limit("at_least", floor),
         unit="1/s",
         n=n,

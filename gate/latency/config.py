@@ -21,6 +21,9 @@ _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p95_ms": 0.95, "p99_ms": 0.99, "p99_9_ms": 0.999}
 """Budgets by percentile."""
 
+NO_BUDGET = "[engine.latency] has no budget"
+"""How the problem of a table without a limit begins."""
+
 SESSIONS = 5
 """Processes whose inferences are pooled at the least. Source: docs/latency.md."""
 
@@ -183,26 +186,36 @@ def timed_tables(latency: LatencySpec | Sequence[LatencySpec] | None) -> tuple[T
 
 def latency_checks(latency: LatencySpec | Sequence[LatencySpec] | None) -> tuple[str, ...]:
     """Names of the checks that the tables ask for, in their order."""
-    found: list[str] = []
+    return tuple(latency_limits(latency))
+
+
+def latency_limits(latency: LatencySpec | Sequence[LatencySpec] | None) -> dict[str, float]:
+    """Limits by the checks that the tables ask for, in their order.
+
+    Raises:
+        SpecError: One is no share such as "3 %".
+    """
+    found: dict[str, float] = {}
     for table in timed_tables(latency):
+        spec = table.spec
         for cell in table.cells:
-            names = ["throughput" if name == "throughput_at_least" else name for name in table.spec.budgets]
-            if table.spec.regression is not None:
-                names += [f"regression_{name}" for name in table.spec.regression.limits]
-            if table.spec.speedup is not None:
-                names.append("speedup")
-            found += [cell.check(f"latency.{name}") for name in names]
-    return tuple(found)
+            limits = {name.removesuffix("_at_least"): value for name, value in spec.budgets.items()}
+            if spec.regression is not None:
+                limits |= {f"regression_{name}": value for name, value in spec.regression.limits.items()}
+            if spec.speedup is not None:
+                limits["speedup"] = spec.speedup.at_least
+            found |= {cell.check(f"latency.{name}"): value for name, value in limits.items()}
+    return found
 
 
 def latency_problems(
-    latency: LatencySpec | Sequence[LatencySpec], *, batch_axis: str | None, axes: Mapping[str, tuple[int, int]]
+    latency: LatencySpec | Sequence[LatencySpec], *, batch_axis: str | int, axes: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """What contradicts itself, each with its key within the engine.
 
     Args:
         latency: The tables.
-        batch_axis: Name of the inputs' first axis; None where it is fixed.
+        batch_axis: Name of the inputs' first axis, or its size where it is fixed.
         axes: Least and most of each dynamic axis.
     """
     names: list[str] = []
@@ -213,21 +226,18 @@ def latency_problems(
         if not spec.has_limit:
             yield (
                 key,
-                f"[engine.latency] has no budget; it takes {', '.join((*PERCENTILES, 'throughput_at_least'))}, regression, speedup",
+                f"{NO_BUDGET}; it takes {', '.join((*PERCENTILES, 'throughput_at_least'))}, regression, speedup",
             )
-        for cell in table.cells:
-            names.append(cell.name)
-            sizes = dict(cell.axes) if batch_axis is None else {batch_axis: cell.batch, **cell.axes}
-            for axis, size in sizes.items():
-                at = (*key, "batch") if axis == batch_axis else (*key, "axes", axis)
-                if axis not in axes:
-                    yield at, f"[engine.latency] axes has {axis!r}, which no input has as a dynamic axis"
-                elif not axes[axis][0] <= size <= axes[axis][1]:
-                    yield (
-                        at,
-                        f"[engine.latency] {'batch' if axis == batch_axis else axis} = {size} is outside the profile "
-                        f"({axes[axis][0]} to {axes[axis][1]})",
-                    )
+        names += [cell.name for cell in table.cells]
+        yield from _size_problems(table, batch_axis=batch_axis, axes=axes)
+        for name, value in spec.budgets.items():
+            if not 0.0 < value < math.inf:
+                yield (*key, name), f"[engine.latency] {name} is a finite number above 0, got {value:g}"
+        if spec.speedup is not None and not 0.0 < spec.speedup.at_least < math.inf:
+            yield (
+                (*key, "speedup", "at_least"),
+                f"[engine.latency] speedup at_least is a finite number above 0, got {spec.speedup.at_least:g}",
+            )
         if spec.timed == "latency" and spec.transfers is False:
             yield (
                 (*key, "transfers"),
@@ -248,6 +258,37 @@ def latency_problems(
                         yield (*key, "regression", name), f"regression {name} is above 0 %, got {value:g} %"
     for twice in sorted({name for name in names if names.count(name) > 1}):
         yield ("latency",), f"[[engine.latency]] measures {twice or 'the same'} twice"
+
+
+def fixed_batch_problem(batch: int, fixed: int) -> str | None:
+    """Why a batch size does not fit inputs whose first axis is fixed; None where it does."""
+    if batch == fixed:
+        return None
+    return f"batch = {batch}, and the first axis of the inputs is fixed: batch = {fixed} is what can be timed"
+
+
+def _size_problems(
+    table: TimedTable, *, batch_axis: str | int, axes: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Sizes that the inputs do not take."""
+    key = table.key
+    for name in table.spec.axes:
+        if name in ("batch", batch_axis):
+            yield (*key, "axes", name), f"[engine.latency] axes has {name!r}, the first axis: its size is batch"
+        elif name not in axes:
+            yield (*key, "axes", name), f"[engine.latency] axes has {name!r}, which no input has as a dynamic axis"
+    for cell in table.cells:
+        sizes = {name: size for name, size in cell.axes.items() if name in axes and name != batch_axis}
+        if isinstance(batch_axis, str):
+            sizes[batch_axis] = cell.batch
+        elif (problem := fixed_batch_problem(cell.batch, batch_axis)) is not None:
+            yield (*key, "batch"), f"[engine.latency] {problem}"
+        for axis, size in sizes.items():
+            least, most = axes[axis]
+            if not least <= size <= most:
+                name = "batch" if axis == batch_axis else axis
+                at = ("batch",) if axis == batch_axis else ("axes", axis)
+                yield (*key, *at), f"[engine.latency] {name} = {size} is outside the profile ({least} to {most})"
 
 
 def percent_from(value: str | float) -> float:
@@ -307,7 +348,8 @@ class UsageSpec(_Table, frozen=True):
 
 
 def _cells(table: LatencySpec) -> list[Cell]:
-    sizes = {name: _several(value) for name, value in {"batch": table.batch, **table.axes}.items()}
+    others = {name: _several(value) for name, value in table.axes.items() if name != "batch"}
+    sizes = {"batch": _several(table.batch), **others}
     found = []
     for chosen in itertools.product(*sizes.values()):
         named = dict(zip(sizes, chosen, strict=True))

@@ -12,6 +12,9 @@ REGIONS: tuple[Region, ...] = ("host_wall", "latency", "h2d", "enqueue", "gpu_co
 first launch to the last result. `h2d`, `gpu_compute`, `d2h`: between CUDA events on one stream. `enqueue`: the host's
 time to launch the engine. `latency`: h2d + gpu_compute + d2h of the same inference, as trtexec defines it."""
 
+LEAST_NS: dict[Region, int] = {"host_wall": 1, "latency": 1, "h2d": 0, "enqueue": 0, "gpu_compute": 1, "d2h": 0}
+"""The least that a region can take: where nothing is copied, the events around it may be one step of the clock."""
+
 
 class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the GPU did right after a leg; None where the driver does not say.

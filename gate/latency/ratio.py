@@ -30,6 +30,9 @@ RATIO_PERCENTILES = {"p50": 0.5, "p95": 0.95}
 LEAST_KEPT = 200
 """Inferences of each engine that a session keeps at the least."""
 
+MOST_NS = 10**13
+"""Almost 3 hours: no inference takes as long, and the sum of very many still fits into 64 bits."""
+
 _KEPT_P95 = ((10.0, LEAST_KEPT), (5.0, 400), (3.0, 800), (0.0, 1600))
 """From which tolerance in percent on how many are enough for p95."""
 
@@ -79,14 +82,24 @@ def positive_durations(raw: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDAr
     Raises:
         MeasurementError: There is none, or one is not; names the first.
     """
+    return durations_from(raw, least=1)
+
+
+def durations_from(raw: Sequence[int] | npt.NDArray[np.integer], *, least: int) -> npt.NDArray[np.int64]:
+    """Whole nanoseconds from `least` on, which is 0 or 1.
+
+    Raises:
+        MeasurementError: There is none, or one is not; names the first.
+    """
     values = np.asarray(raw)
     if values.ndim != 1 or values.size == 0:
         raise MeasurementError("no inference was timed, so there is no latency")
     if values.dtype.kind not in "iu":
         raise MeasurementError(f"durations are whole nanoseconds, got {values.dtype}")
-    if wrong := np.flatnonzero(values <= 0).tolist():
+    if wrong := np.flatnonzero((values < least) | (values > MOST_NS)).tolist():
         raise MeasurementError(
-            f"inference {wrong[0]} took {values[wrong[0]]} ns; a duration is above 0",
+            f"inference {wrong[0]} took {values[wrong[0]]} ns; a duration is "
+            f"{'above' if least else 'at least'} 0, and no more than {MOST_NS} ns",
             hint="The clock is too coarse or ran backwards: time on another machine or with larger batches.",
         )
     return values.astype(np.int64)

@@ -380,8 +380,15 @@ class PlainProgress:
         self._stream.flush()
 
 
+_TIMED_STAGES = ("latency", "usage", "memory", "stages")
+_REDRAW_S = 0.5
+
+
 class Bars:
-    """A bar for the current stage, with how far it is and how long it will take; gone when the check ends."""
+    """A bar for the current stage, with how far it is and how long it will take; gone when the check ends.
+
+    While something is timed nothing is drawn but at a step: a bar that moves takes time of the machine that is measured.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -403,22 +410,31 @@ class Bars:
         )
         self._progress = Progress(*columns, console=Console(file=stream), transient=True)
         self._task: Any = None
-        self._began = time.monotonic()
+        self._drawn = time.monotonic()
         self._running = False
 
     def stage(self, name: str, *, engine: str | None = None, total: int | None = None) -> None:
         """A stage begins: its bar takes the place of the one before."""
-        if not self._running:
-            self._progress.start()
-            self._running = True
+        moves = name not in _TIMED_STAGES
+        if self._running and moves != self._progress.live.auto_refresh:
+            self._progress.stop()
+            self._running = False
         if self._task is not None:
             self._progress.remove_task(self._task)
+        if not self._running:
+            self._progress.live.auto_refresh = moves
+            self._progress.start()
+            self._running = True
         self._task = self._progress.add_task(f"{name:<11} {engine or ''}", total=total)
+        self._drawn = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
         """So many steps are done."""
         if self._task is not None:
             self._progress.advance(self._task, steps)
+            if not self._progress.live.auto_refresh and time.monotonic() - self._drawn >= _REDRAW_S:
+                self._progress.refresh()
+                self._drawn = time.monotonic()
 
     def phase(self, name: str, done: float | None) -> None:
         """The compiler's phase takes the place of the stage's name; its share becomes the bar's."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
-import signal
 import sys
 import time
 import traceback
@@ -21,7 +19,7 @@ from gate import atomic
 from gate.cache import Cache
 from gate.engines import backend as backend_named
 from gate.engines.interface import RegionTimed, Renewable, Resources, Runner
-from gate.errors import DigestMismatch, GateError, MeasurementError
+from gate.errors import BackendUnavailable, DigestMismatch, GateError, MeasurementError
 from gate.latency.config import Cell
 from gate.latency.measurement import CellTimes, MemoryUse, Reading, SessionTimes, SubjectTimes, Usage
 from gate.reference import ReferenceModel, file_digest
@@ -32,21 +30,31 @@ from gate.tensors import Array, NamedArrays
 from gate.timing import Call, concurrent, interleave, resolution_ns, warm_up
 
 _PHASE_BYTES = 512
-_SET_PARENT_DEATH_SIGNAL = 1
-"""Source: linux/prctl.h, PR_SET_PDEATHSIG."""
+
+_BINDING_SHARE = 0.1
+"""Of a cell's time, at the most, for one inference on each of its batches when they are bound."""
+
+_BINDING_S = 5.0
+"""For that in a session, in seconds, where its time has no limit."""
+
+_LEAST_BATCHES = 2
+"""That take turns whatever it costs: one alone would be in the cache."""
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, stack: contextlib.ExitStack) -> int:
     """Do the job of a folder; write `times.json` there, or `failed.json`.
+
+    Args:
+        folder: Of the job.
+        stack: As for `measure`. It is not closed here, so that no engine is before its times are written.
 
     Returns:
         The exit code: 0, or 1 where it failed.
     """
-    _die_with_parent()
     phase = _Phase(folder / PHASE)
     try:
         job = job_from_bytes((folder / JOB).read_bytes())
-        times = measure(job, folder=folder, tell=phase.tell)
+        times = measure(job, folder=folder, tell=phase.tell, stack=stack)
         atomic.write_bytes(folder / TIMES, msgspec.json.encode(times))
     except BaseException as err:  # noqa: BLE001 - whatever ends a session is what its gate must hear
         traceback.print_exc()
@@ -55,13 +63,14 @@ def main(folder: Path) -> int:
     return 0
 
 
-def measure(job: Job, *, folder: Path, tell: Callable[[str], None]) -> SessionTimes:
+def measure(job: Job, *, folder: Path, tell: Callable[[str], None], stack: contextlib.ExitStack) -> SessionTimes:
     """Load all engines, time every cell, and see what each engine takes.
 
     Args:
         job: What is asked for.
         folder: For temporary files.
         tell: Told what is being done, outside timed regions.
+        stack: Keeps the engines; closing it closes them.
 
     Raises:
         GateError: An engine's file is another, or an engine or its inputs cannot be used.
@@ -71,20 +80,19 @@ def measure(job: Job, *, folder: Path, tell: Callable[[str], None]) -> SessionTi
     tell("looking at the GPU")
     watch = open_watch() if job.on_gpu else None
     busy = None if watch is None else watch.busy_percent(settle_s=SETTLE_S)
-    with contextlib.ExitStack() as stack:
-        session = _Session(job, folder=folder, tell=tell, watch=watch, stack=stack)
-        deadline = math.inf if job.max_s is None else began + job.max_s
-        return SessionTimes(
-            cells=tuple(
-                session.cell(each, until=_share_until(deadline, len(job.cells) - index))
-                for index, each in enumerate(job.cells)
-            ),
-            usage=session.usage(),
-            memory=session.memory(),
-            clock="perf_counter_ns",
-            resolution_ns=resolution_ns(),
-            busy_percent=busy,
-        )
+    session = _Session(job, folder=folder, tell=tell, watch=watch, stack=stack)
+    deadline = math.inf if job.max_s is None else began + job.max_s
+    return SessionTimes(
+        cells=tuple(
+            session.cell(each, until=_share_until(deadline, len(job.cells) - index))
+            for index, each in enumerate(job.cells)
+        ),
+        usage=session.usage(),
+        memory=session.memory(),
+        clock="perf_counter_ns",
+        resolution_ns=resolution_ns(),
+        busy_percent=busy,
+    )
 
 
 @dataclass(frozen=True)
@@ -149,16 +157,23 @@ class _Session:
                 stack=stack,
             )
             self._loaded.append(_Loaded(subject, files[subject.spec], runners, switches.get(index)))
+        self._seconds: dict[tuple[int, Path], float] = {}
         for index, loaded in enumerate(self._loaded):
             self._enter(index, "running", "once")
+            path = self._feed_file_of(index)
             for runner in loaded.runners:
-                runner.run(self._feeds_of(index)[0])
+                self._run(index, runner, path)
         marks.steady()
 
     def cell(self, asked: CellJob, *, until: float = math.inf) -> CellTimes:
-        """One batch size and shape; no more legs begin when `time.perf_counter` shows `until`."""
+        """One batch size and shape; no more legs begin when `time.perf_counter` shows `until`.
+
+        An engine runs once on each batch when it is bound, untimed. So of the batches only the first take turns where
+        all would take over a tenth of the time until then (without a limit, a session's 5 seconds): the same of every
+        engine, and two at the least.
+        """
         at = f"at {asked.cell.name or f'batch={asked.cell.batch}'}"
-        feeds = self._feeds[asked.feeds]
+        feeds = self._bound(asked.feeds, asked.subjects, within=_binding_s(until, len(self._job.cells)), at=at)
         if self._job.streams > 1:
             return self._streams(asked, feeds, at, until)
         job = self._job
@@ -213,7 +228,8 @@ class _Session:
         found = []
         for index in range(len(job.subjects)):
             self._enter(index, "measuring what", "takes")
-            call = self._call(index, 0, self._feeds[job.usage_feeds])
+            feeds = self._bound(job.usage_feeds, (index,), within=_BINDING_S / len(job.subjects), at="on its inputs")
+            call = self._call(index, 0, feeds)
             warm_up(call, seconds=job.warm_up_s, calls=job.warm_up_calls)
             found.append(measured_usage(call, job.usage_s, self._watch))
         return tuple(found)
@@ -228,8 +244,41 @@ class _Session:
         if loaded.switch is not None:
             loaded.switch()
 
+    def _bound(self, path: Path, subjects: Sequence[int], *, within: float, at: str) -> tuple[NamedArrays, ...]:
+        """The batches that these engines can be bound to in so many seconds, and two at the least."""
+        feeds = self._feeds[path]
+        for index in subjects:
+            # The first inference of a shape may load and allocate; one that seems slow has a second chance.
+            for _ in range(1 if (index, path) in self._seconds else 2):
+                if self._room(path, subjects=[index], within=within) >= len(feeds):
+                    break
+                self._enter(index, "running", at)
+                self._run(index, self._loaded[index].runners[0], path)
+        return feeds[: max(_LEAST_BATCHES, int(self._room(path, subjects=subjects, within=within)))]
+
+    def _room(self, path: Path, *, subjects: Sequence[int], within: float) -> float:
+        """How many batches of a file these engines run once, one after another, in so many seconds; at most all."""
+        seconds = self._job.streams * sum(self._seconds.get((index, path), math.inf) for index in subjects)
+        count = len(self._feeds[path])
+        return count if seconds * count <= within else within / seconds
+
+    def _run(self, index: int, runner: Runner, path: Path) -> None:
+        """One inference on the first batch of a file; the shortest is remembered."""
+        begin = time.perf_counter()
+        runner.run(self._feeds[path][0])
+        took = time.perf_counter() - begin
+        self._seconds[index, path] = min(took, self._seconds.get((index, path), math.inf))
+
     def _feeds_of(self, index: int) -> tuple[NamedArrays, ...]:
         """Batches that an engine is loaded and first run with.
+
+        Raises:
+            MeasurementError: It has none.
+        """
+        return self._feeds[self._feed_file_of(index)]
+
+    def _feed_file_of(self, index: int) -> Path:
+        """The file of these batches.
 
         Raises:
             MeasurementError: It has none.
@@ -239,16 +288,25 @@ class _Session:
         paths += [job.usage_feeds] if job.usage_feeds is not None else []
         if not paths:
             raise MeasurementError(f"there is no batch to run {job.subjects[index].name!r} on")
-        return self._feeds[paths[0]]
+        return paths[0]
 
     def _call(self, index: int, stream: int, feeds: Sequence[NamedArrays]) -> Call:
-        """An inference by its number; the batches take turns, so that no cache holds the input."""
+        """An inference by its number; the batches take turns, so that no cache holds the input.
+
+        An engine on a GPU that nothing gives events for is timed as a whole, where the job is of the whole.
+        """
         loaded, job, count = self._loaded[index], self._job, len(feeds)
         runner = loaded.runners[stream]
+        whole = job.transfers and job.wait == "spin"
         if isinstance(runner, RegionTimed):
-            regions = runner.region_timed(feeds, transfers=job.transfers, wait=job.wait)
-            return lambda number: regions(number % count)
-        if _on_gpu(loaded) and (not job.transfers or job.wait != "spin"):
+            try:
+                regions = runner.region_timed(feeds, transfers=job.transfers, wait=job.wait)
+            except BackendUnavailable:
+                if not whole:
+                    raise
+            else:
+                return lambda number: regions(number % count)
+        elif _on_gpu(loaded) and not whole:
             raise MeasurementError(
                 f"{loaded.subject.name!r} runs on the GPU and cannot be timed with transfers = "
                 f"{str(job.transfers).lower()} and wait = {job.wait!r}",
@@ -306,6 +364,11 @@ def read_feeds(path: Path) -> tuple[dict[str, Array], ...]:
     return ordered
 
 
+def _binding_s(until: float, cells: int) -> float:
+    """Seconds in which a cell's batches are to be bound."""
+    return max(_BINDING_SHARE * (until - time.perf_counter()), 0.0) if until < math.inf else _BINDING_S / cells
+
+
 def _share_until(deadline: float, cells: int) -> float:
     """When the first of so many cells has had its share of the time that is left."""
     now = time.perf_counter()
@@ -318,18 +381,26 @@ def _feed_files(job: Job) -> list[Path]:
 
 
 def _require_batch(feeds: Sequence[NamedArrays], cell: Cell, *, file: SpecFile, where: str) -> None:
-    """Hold the size of the batches against the cell's.
+    """Hold the sizes of the batches against the cell's.
 
     Raises:
         MeasurementError: They differ.
     """
-    name, given = next(iter(file.spec.inputs.items()))
-    if isinstance(given.shape[0], int):
-        return
-    array = feeds[0].get(name)
-    if array is None or array.ndim == 0 or array.shape[0] != cell.batch:
-        got = "no such input" if array is None else f"shape {list(array.shape)}"
-        raise MeasurementError(f"input {name!r} has {got}, the batch is to be {cell.batch}", where=where)
+    first = next(iter(file.spec.inputs))
+    for name, given in file.spec.inputs.items():
+        array = feeds[0].get(name)
+        if array is None:
+            raise MeasurementError(f"there is no input {name!r}, the batch is to be {cell.batch}", where=where)
+        if name == first and (array.ndim == 0 or array.shape[0] != cell.batch):
+            raise MeasurementError(
+                f"input {name!r} has shape {list(array.shape)}, the batch is to be {cell.batch}", where=where
+            )
+        for axis, size in zip(given.shape, array.shape, strict=False):
+            if isinstance(axis, str) and cell.axes.get(axis, size) != size:
+                raise MeasurementError(
+                    f"input {name!r} has shape {list(array.shape)}, axis {axis!r} is to be {cell.axes[axis]}",
+                    where=where,
+                )
 
 
 def _require_digest(subject: Subject) -> None:
@@ -425,7 +496,7 @@ def _engine(
 
 
 def _reference(model: ReferenceModel, *, file: SpecFile, feeds: tuple[NamedArrays, ...]) -> Runner:
-    """PyTorch as it is deployed, in eager mode; a reference in ONNX on ONNX Runtime.
+    """PyTorch as it is deployed, in eager mode; a reference in ONNX on ONNX Runtime with all its optimisations.
 
     Raises:
         MeasurementError: It is stored outputs, which take no time.
@@ -434,7 +505,10 @@ def _reference(model: ReferenceModel, *, file: SpecFile, feeds: tuple[NamedArray
     if model.kind == "outputs":
         raise MeasurementError("the reference is stored outputs, so it has no latency", where=str(file.path))
     if model.kind == "onnx":
-        return model.runner()
+        # Not `model.runner()`, which leaves the graph as it is to compare answers with: nobody deploys it so.
+        deployed = EngineSpec(name="reference", backend="onnxruntime", precision="fp32")
+        path = file.folder / str(file.spec.model.onnx)
+        return backend_named(deployed.backend).open(path, spec=file.spec, engine=deployed)
     from gate.engines.torch.engine import CudaTorchEngineRunner, TorchEngineRunner
     from gate.engines.torch.module import engine_module, trace_feed
 
@@ -469,15 +543,13 @@ def _failure(err: BaseException, phase: str) -> Failure:
     return Failure(error="MeasurementError", message=said, where=phase or None)
 
 
-def _die_with_parent() -> None:
-    """Let the system end this process when the one that waits for it is gone; a GPU would stay busy otherwise."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 def run(folder: str) -> None:
-    """Do the job of a folder and end the process, past what libraries do when a process ends: it may crash or hang."""
-    code = main(Path(folder))
+    """Do the job of a folder and end the process, past what libraries do when a process ends: it may crash or hang.
+
+    The engines are not closed either: the times are written by then, and the system takes all back.
+    """
+    stack = contextlib.ExitStack()
+    code = main(Path(folder), stack)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

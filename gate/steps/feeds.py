@@ -18,6 +18,9 @@ MOST_BATCHES = 64
 MOST_BYTES = 64 * 2**20
 """More than a processor's last cache holds, and still read in a moment."""
 
+MOST_LOOKED_AT = 256
+"""Batches of samples: where these differ in shape, many are of another than the one that is timed."""
+
 
 class Feeds(Protocol):
     """Where batches come from."""
@@ -44,19 +47,46 @@ class SampleFeeds:
     source: SampleSource
 
     def batches(self, cell: Cell) -> list[dict[str, Array]]:
-        """As `Feeds.batches`. Another size of an axis is made by repeating and cutting the samples along it."""
-        found: list[dict[str, Array]] = []
-        room = MOST_BYTES
-        for batch in islice(self.source.batches(cell.batch), MOST_BATCHES):
+        """As `Feeds.batches`. Another size of an axis is made by repeating and cutting the samples along it.
+
+        Where samples differ in shape all batches have that of the first full one; where none is full, that of the first.
+        """
+        full, partial = _Alike(), _Alike()
+        for batch in islice(self.source.batches(cell.batch), MOST_LOOKED_AT):
+            is_full = batch.size == cell.batch
+            if not is_full and full.batches:
+                continue
             rows = np.arange(cell.batch) % batch.size
             feed = {name: _sized(values[rows], self.spec.inputs[name], cell) for name, values in batch.inputs.items()}
-            room -= sum(array.nbytes for array in feed.values())
-            if found and (room < 0 or batch.size < cell.batch):
+            if not (full if is_full else partial).add(feed) and is_full:
                 break
-            found.append(feed)
+        found = full.batches or partial.batches
         if not found:
             raise DataError("there are no samples to time an engine on", where="[data]")
         return found
+
+
+class _Alike:
+    """Batches of the first one's shapes, as many as are wanted."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, Array]] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._room = MOST_BYTES
+
+    def add(self, feed: dict[str, Array]) -> bool:
+        """Keep a batch if it is of these shapes and there is room; returns whether there is room for more."""
+        shapes = {name: array.shape for name, array in feed.items()}
+        if not self.batches:
+            self._shapes = shapes
+        elif shapes != self._shapes:
+            return True
+        size = sum(array.nbytes for array in feed.values())
+        if self.batches and (size > self._room or len(self.batches) == MOST_BATCHES):
+            return False
+        self._room -= size
+        self.batches.append(feed)
+        return len(self.batches) < MOST_BATCHES
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from gate.latency.budgets import (
     summarise,
 )
 from gate.latency.config import Cell, LatencySpec, TimedTable, UsageSpec, latency_checks, percent_of, timed_tables
-from gate.latency.guards import budget_doubts, missing_readings, ratio_doubts
+from gate.latency.guards import budget_doubts, missing_readings, ratio_doubts, usage_doubts
 from gate.latency.measurement import SessionTimes, SubjectTimes
 from gate.latency.ratio import LEAST_KEPT, LOOKS, RATIO_PERCENTILES, estimate, kept_needed, log_ratio, next_look
 from gate.latency.usage import usage_findings, usage_metrics
@@ -44,6 +44,14 @@ _OF_A_SHARE = 0.95
 
 _OF_A_TIMEOUT = 0.8
 """How much of its time limit a session is told to take, so that an engine that is slow is not one that hangs."""
+
+
+_BY_OTHERS = {
+    "usage.power_w": (Status.FAILED,),
+    "usage.energy_mj": (Status.FAILED,),
+    "usage.gpu_percent_at_least": (Status.PASSED,),
+}
+"""What another process on the GPU can bring about, since the driver's numbers are of the whole GPU: it adds to each."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class _Series:
         stopped: By cell why no more were measured.
         seconds: Wall time of all sessions.
         budgets: Whether the absolute budgets rest on it.
+        failed: What ended it; None: nothing did.
     """
 
     rival: Rival | None
@@ -127,6 +136,7 @@ class _Series:
     stopped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     budgets: bool = False
+    failed: GateError | None = None
 
     def timed(self, name: str) -> list[tuple[SubjectTimes, ...]]:
         """The engines' inferences at one cell, by session."""
@@ -180,10 +190,9 @@ class _Table:
         self.spent_s = 0.0
 
     def measured(self) -> Timed:
-        """Every cell, against every rival; budgets rest on the first series.
+        """Every cell, against every rival; budgets rest on the first series. A session that fails fails its series.
 
         Raises:
-            MeasurementError: A session failed.
             DataError: There are no samples of such a shape.
         """
         findings: list[Finding | Failure] = []
@@ -200,12 +209,17 @@ class _Table:
         with private_folder() as folder:
             jobs = [self._cell_job(index, cell, folder) for index, cell in enumerate(self.table.cells)]
             for index, series in enumerate(every):
-                self._run(series, jobs, max(self.max_time_s - self.spent_s, 0.0) / (len(every) - index))
+                try:
+                    self._run(series, jobs, max(self.max_time_s - self.spent_s, 0.0) / (len(every) - index))
+                except GateError as err:
+                    series.failed = err
+        sound = [series for series in every if series.failed is None]
         latencies = []
         for cell in self.table.cells:
             for series in every:
                 findings.extend(self._findings(series, cell))
-            latencies.append(self._metrics(every, cell))
+            if sound:
+                latencies.append(self._metrics(sound, cell))
         return Timed(latencies=tuple(latencies), findings=tuple(self._located(each) for each in findings))
 
     def _checks_against(self, name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
@@ -217,6 +231,10 @@ class _Table:
             if self.spec.speedup is not None and self.spec.speedup.against == name:
                 found.append(cell.check("latency.speedup"))
         return tuple(found)
+
+    def _budget_checks(self, cell: Cell) -> tuple[str, ...]:
+        """Checks of a cell that need no rival."""
+        return tuple(cell.check(f"latency.{name.removesuffix('_at_least')}") for name in self.spec.budgets)
 
     def _cell_job(self, index: int, cell: Cell, folder: Path) -> CellJob:
         path = folder / f"feeds-{index}.safetensors"
@@ -342,10 +360,15 @@ class _Table:
             max_s=pace.next_s(),
         )
 
-    def _findings(self, series: _Series, cell: Cell) -> list[Finding]:
-        """What the sessions so far say of a cell."""
+    def _findings(self, series: _Series, cell: Cell) -> list[Finding | Failure]:
+        """What the sessions so far say of a cell; where one failed, every check that rests on them has."""
+        if series.failed is not None:
+            checks = self._budget_checks(cell) if series.budgets else ()
+            if series.rival is not None:
+                checks += self._checks_against(series.rival.against, [cell])
+            return [failure(check, series.failed, self.timing.evidence) for check in checks]
         sessions = series.sessions.get(cell.name, [])
-        found: list[Finding] = []
+        found: list[Finding | Failure] = []
         ours = [each.cells[0].subjects[0] for each in sessions]
         if series.budgets:
             doubts = budget_doubts(sessions, 0, streams=self.spec.streams)
@@ -379,8 +402,9 @@ class _Table:
                     n=n,
                     evidence=self.timing.evidence,
                 )
-                doubts = self._doubts(sessions, name, limit, limit_ratio=1.0 + limit / 100.0)
-                yield doubted(finding, doubts, blocks=both)
+                yield doubted(
+                    finding, self._doubts(sessions, name, limit, limit_ratio=1.0 + limit / 100.0), blocks=both
+                )
         if speedup is not None and speedup.against == rival.against:
             finding = speedup_finding(
                 estimate(self._log_ratios(sessions, "p50")),
@@ -401,6 +425,8 @@ class _Table:
     def _doubts(
         self, sessions: Sequence[SessionTimes], name: str, tolerance_percent: float, *, limit_ratio: float
     ) -> tuple[str, ...]:
+        if len(sessions) < LOOKS[0]:
+            return ()
         distance = math.log(estimate(self._log_ratios(sessions, name)).ratio) - math.log(limit_ratio)
         doubts = ratio_doubts(
             sessions,
@@ -471,7 +497,13 @@ class _Table:
 @contextmanager
 def private_folder() -> Iterator[Path]:
     """A folder that is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="gate-latency-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="gate-latency-"))
+    except OSError as err:
+        raise MeasurementError(
+            f"a folder for temporary files cannot be made: {err}",
+            hint="Make room there, or set TMPDIR to a folder that can be written to.",
+        ) from err
     try:
         yield folder
     finally:
@@ -577,7 +609,10 @@ def measured_usage(timing: Timing, usage: UsageSpec) -> tuple[UsageMetrics | Non
                 timing.advance()
         found = [each.usage[0] for each in sessions]
         metrics = usage_metrics(found, batch=usage.batch)
-        findings = usage_findings(found, usage, evidence=timing.evidence)
+        findings = tuple(
+            doubted(each, usage_doubts(sessions), blocks=_BY_OTHERS[each.check]) if each.check in _BY_OTHERS else each
+            for each in usage_findings(found, usage, evidence=timing.evidence)
+        )
     except GateError as err:
         return None, (failure("usage", err, timing.evidence),)
     if timing.file is None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from gate.baseline import accepted_engine
 from gate.engines import backend as backend_named
-from gate.errors import BaselineError, GateError, MeasurementError, RunError
+from gate.errors import BaselineError, GateError, MeasurementError, RunError, SpecError
 from gate.latency.config import Cell, LatencySpec, timed_tables
 from gate.latency.measurement import MemoryUse
 from gate.sessions.job import Job, Subject
 from gate.sessions.run import run_session, write_feeds
-from gate.spec import EngineSpec, MemorySpec, SpecFile, located, read_spec
+from gate.spec import EngineSpec, GateSpec, MemorySpec, SpecFile, batch_axis_of, dynamic_axes_of, located, read_spec
 from gate.steps.context import Context
 from gate.steps.feeds import SampleFeeds
 from gate.steps.latency import Rival, Timing, failure, private_folder
@@ -98,7 +98,7 @@ def rival_of(run: Context, engine: EngineSpec, against: str, *, evidence: Eviden
         made = make_engine(run, other, backend_named(other.backend))
         subject = engine_subject(other, file=run.file, made=made)
         return Rival(against, f"engine {against}", subject, on_gpu=other.required_evidence == "device")
-    return bundle_rival(run.file.folder / against, against=against)
+    return _same_inputs(run, bundle_rival(run.file.folder / against, against=against), run.file.folder / against)
 
 
 def _baseline(run: Context, engine: EngineSpec, evidence: Evidence) -> Rival:
@@ -121,7 +121,37 @@ def _baseline(run: Context, engine: EngineSpec, evidence: Evidence) -> Rival:
             where=str(folder),
             hint="Give the folder with the bundle of the accepted engine (--bundles DIR), or accept the baseline anew.",
         )
+    return _same_inputs(run, rival, folder)
+
+
+def _same_inputs(run: Context, rival: Rival, folder: Path) -> Rival:
+    require_same_inputs(run.spec, read_spec(rival.subject.spec).spec, other=str(folder))
     return rival
+
+
+def require_same_inputs(a: GateSpec, b: GateSpec, *, other: str) -> None:
+    """Refuse engines that cannot be given the same.
+
+    Raises:
+        SpecError: They cannot.
+    """
+    kinds = [
+        {
+            name: (each.dtype, [size if isinstance(size, int) else None for size in each.shape])
+            for name, each in spec.inputs.items()
+        }
+        for spec in (a, b)
+    ]
+    if kinds[0] != kinds[1]:
+        said = [
+            ", ".join(f"{name} {each.dtype} [{', '.join(map(str, each.shape))}]" for name, each in spec.inputs.items())
+            for spec in (a, b)
+        ]
+        raise SpecError(
+            f"A takes {said[0]}, and B takes {said[1]}: they cannot be given the same",
+            where=other,
+            hint="Name an engine with the same inputs.",
+        )
 
 
 def bundle_rival(folder: Path, *, against: str) -> Rival:
@@ -150,24 +180,40 @@ def engine_memory(run: Context, timing: Timing, memory: MemorySpec) -> tuple[Eng
     try:
         alone = together = None
         if memory.device_steady_mib is not None:
-            alone = _session_memory(timing, ())
+            alone = _session_memory(run.spec, timing, ())
         if memory.together_with:
             others = [run.file.engine(name) for name in memory.together_with]
             subjects = [
                 engine_subject(each, file=run.file, made=make_engine(run, each, backend_named(each.backend)))
                 for each in others
             ]
-            together = _session_memory(timing, subjects)
+            together = _session_memory(run.spec, timing, subjects)
     except GateError as err:
         return None, (failure("memory", err, timing.evidence),)
     return EngineMemory(alone, together), ()
 
 
-def _session_memory(timing: Timing, others: list[Subject] | tuple[Subject, ...]) -> MemoryUse:
+def _least_cell(spec: GateSpec) -> Cell:
+    """The smallest batch that the inputs take: one, the profile's least, or the size that is fixed."""
+    axis = batch_axis_of(spec)
+    return Cell(batch=axis if isinstance(axis, int) else dynamic_axes_of(spec)[axis][0])
+
+
+def _on_gpu(subject: Subject) -> bool:
+    return subject.engine is not None and subject.engine.required_evidence == "device"
+
+
+def _session_memory(spec: GateSpec, timing: Timing, others: list[Subject] | tuple[Subject, ...]) -> MemoryUse:
+    """Of a session that loads an engine of the spec and others, all with its inputs, and runs each once."""
     with private_folder() as folder:
         feeds = folder / "feeds.safetensors"
-        write_feeds(feeds, timing.feeds.batches(Cell(batch=1)))
-        job = Job(subjects=(timing.subject, *others), usage_feeds=feeds, on_gpu=timing.evidence is Evidence.DEVICE)
+        write_feeds(feeds, timing.feeds.batches(_least_cell(spec)))
+        subjects = (timing.subject, *others)
+        job = Job(
+            subjects=subjects,
+            usage_feeds=feeds,
+            on_gpu=timing.evidence is Evidence.DEVICE or any(map(_on_gpu, subjects)),
+        )
         times = run_session(job, timeout_s=LatencySpec().session_timeout_s)
     if times.memory == MemoryUse():
         raise MeasurementError("the system does not say what memory a process takes")

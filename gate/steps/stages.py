@@ -257,7 +257,7 @@ def _regions(runner: RegionTimed, feed: Mapping[str, Array]) -> dict[str, int]:
     """
     once = runner.region_timed([feed], transfers=True, wait="spin")
     once(0)
-    took = once(0)
+    took = once(0)()
     if took.h2d is None or took.d2h is None:
         raise MeasurementError("the engine does not say what its copies to the GPU and back took")
     return {"transfer": took.h2d + took.d2h, "inference": took.gpu_compute}

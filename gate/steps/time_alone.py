@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import msgspec
 from gate.engines import backend as backend_named
 from gate.errors import BackendUnavailable, MeasurementError, SpecError
 from gate.latency.budgets import budget_findings, summarise
-from gate.latency.config import LatencySpec, latency_problems, timed_tables
+from gate.latency.config import NO_BUDGET, LatencySpec, latency_problems, timed_tables
 from gate.latency.exported_times import MOST_CHARACTERS, exported_times
 from gate.sessions.job import Subject
 from gate.spec import EngineSpec, GateSpec, SpecFile, batch_axis_of, dynamic_axes_of, read_spec
@@ -21,7 +22,7 @@ from gate.steps.context import CheckOptions, Context, Observer, Silence
 from gate.steps.feeds import Feeds, RandomFeeds, SampleFeeds
 from gate.steps.latency import Rival, Timed, Timing, measured_latency
 from gate.steps.make import make_engine
-from gate.steps.rivals import bundle_rival, engine_subject, rival_of
+from gate.steps.rivals import bundle_rival, engine_subject, require_same_inputs, rival_of
 from gate.store import SPEC_PATH, verify
 from gate.verdict import Evidence
 
@@ -91,6 +92,8 @@ def compare_latency(
             )
         _require_timeable(spec, named.file.spec, evidence)
         other = None if against is None else _other(named, against)
+        if other is not None:
+            _require_timeable(spec, other.file.spec, evidence, where=str(against))
         a = _opened(named, options, observer, closing)
         rival: Rival | None = None
         if other is not None:
@@ -126,8 +129,15 @@ def exported_latency(paths: Sequence[Path], spec: LatencySpec) -> Timed:
         spec: The budgets. What trtexec timed is `latency` and `gpu_compute`; `host_wall` stands for the first.
 
     Raises:
+        SpecError: It asks for something that the files do not say.
         MeasurementError: A file cannot be read, or is not what trtexec writes.
     """
+    for key in ("streams", "axes", "max_time_s"):
+        if getattr(spec, key) != getattr(LatencySpec(), key):
+            raise SpecError(f"what trtexec wrote is measured already: {key} has no meaning for it")
+    for name, value in spec.budgets.items():
+        if not 0.0 < value < math.inf:
+            raise SpecError(f"{name} is a finite number above 0, got {value:g}")
     texts: dict[str, str] = {}
     for path in paths:
         try:
@@ -138,24 +148,35 @@ def exported_latency(paths: Sequence[Path], spec: LatencySpec) -> Timed:
             raise MeasurementError(f"cannot be read: {err}", where=str(path)) from err
     times = exported_times(texts)
     asked = msgspec.structs.replace(spec, timed="latency" if spec.timed == "host_wall" else spec.timed)
-    cell = msgspec.structs.replace(timed_tables(asked)[0].cells[0], name="")
+    cells = timed_tables(asked)[0].cells
+    if len(cells) > 1:
+        raise SpecError(
+            f"files of trtexec are of one batch size, got --batch {','.join(str(each.batch) for each in cells)}",
+            hint="Judge the files of each batch size on their own.",
+        )
+    cell = msgspec.structs.replace(cells[0], name="")
     metrics = summarise(
-        times.subjects, cell=cell, spec=asked, clock="trtexec", stopped="as trtexec measured it", notes=times.notes
+        times.subjects,
+        cell=cell,
+        spec=asked,
+        clock="trtexec",
+        stopped="as trtexec measured it",
+        notes=(*times.notes, "how the host waited, and what else ran on the GPU, is not in the files"),
     )
     found = budget_findings(times.subjects, cell=cell, spec=asked, evidence=Evidence.DEVICE)
     return Timed(latencies=(metrics,), findings=found)
 
 
-def _require_timeable(spec: LatencySpec, inputs: GateSpec, evidence: Evidence) -> None:
+def _require_timeable(spec: LatencySpec, inputs: GateSpec, evidence: Evidence, *, where: str | None = None) -> None:
     """Hold what is asked for against the inputs, before anything is made.
 
     Raises:
         SpecError: A size is outside the profile, options contradict each other, or they need a GPU.
     """
-    for key, message in latency_problems(spec, batch_axis=batch_axis_of(inputs), axes=dynamic_axes_of(inputs)):
+    for _, message in latency_problems(spec, batch_axis=batch_axis_of(inputs), axes=dynamic_axes_of(inputs)):
         # Measuring without a limit is what the command may do and a spec may not.
-        if key != ("latency",) or spec.has_limit:
-            raise SpecError(message.removeprefix("[engine.latency] "))
+        if not message.startswith(NO_BUDGET) or spec.has_limit:
+            raise SpecError(message.removeprefix("[engine.latency] "), where=where)
     if spec.timed != "host_wall" and evidence is not Evidence.DEVICE:
         raise SpecError(f'--timed {spec.timed} needs an engine on a GPU; leave it out, which is "host_wall"')
 
@@ -169,7 +190,7 @@ def _named(name: str) -> _Named:
     """
     path, separator, wanted = name.partition(_SEPARATOR)
     if not separator and Path(path).is_dir():
-        rival = bundle_rival(Path(path), against=Path(path).name)
+        rival = bundle_rival(Path(path), against=path)
         file = read_spec(Path(path) / SPEC_PATH)
         return _Named(file, file.engine(verify(Path(path)).metadata.engine), rival)
     if not Path(path).exists():
@@ -226,29 +247,8 @@ def _other(a: _Named, against: str) -> _Named | None:
             f"nor a bundle{meant}"
         )
     b = _named(against)
-    _require_same_inputs(a.file.spec, b.file.spec)
+    require_same_inputs(a.file.spec, b.file.spec, other=against)
     return b
-
-
-def _require_same_inputs(a: GateSpec, b: GateSpec) -> None:
-    """Refuse engines that cannot be given the same.
-
-    Raises:
-        SpecError: They cannot.
-    """
-    kinds = [
-        {
-            name: (each.dtype, [size for size in each.shape if isinstance(size, int)])
-            for name, each in spec.inputs.items()
-        }
-        for spec in (a, b)
-    ]
-    if kinds[0] != kinds[1]:
-        said = [
-            ", ".join(f"{name} {each.dtype} [{', '.join(map(str, each.shape))}]" for name, each in spec.inputs.items())
-            for spec in (a, b)
-        ]
-        raise SpecError(f"A takes {said[0]}, and B takes {said[1]}: they cannot be given the same")
 
 
 def _given(rival: Rival | None, against: str) -> Rival:

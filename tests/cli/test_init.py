@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from gate.latency.config import RegressionSpec, latency_checks
 from gate.spec import read_spec
 
 
@@ -32,6 +35,31 @@ def test_the_spec_that_init_writes_runs(gate_command, project):
     (project / "new.toml").write_text(text.replace("samples = 1000", "samples = 32"))
     outcome = gate_command("check", "new.toml")
     assert outcome.code == 0, outcome.err + outcome.out
+
+
+def _uncommented(text):
+    """The spec with its engines' comments made part of it, where a comment is TOML."""
+    head, begin, engines = text.partition("[[engine]]")
+    return head + begin + re.sub(r"^( *)# *(?=\[|[a-z0-9_]+ = )", r"\1", engines, flags=re.MULTILINE)
+
+
+def test_what_init_leaves_as_a_comment_is_valid_once_it_is_none(gate_command, project):
+    assert gate_command("init", "model:load", "-o", "new.toml").code == 0
+    path = project / "new.toml"
+    path.write_text(_uncommented(path.read_text()))
+    first, second = read_spec(path).spec.engines
+    assert (first.name, second.name) == ("ort-fp32", "trt-fp16")
+    assert latency_checks(first.latency) == ("latency.p99_ms", "latency.speedup")
+    assert latency_checks(second.latency) == (
+        "latency.p99_ms",
+        "latency.regression_p50",
+        "latency.regression_p95",
+        "latency.speedup",
+    )
+    assert second.latency.regression.limits == RegressionSpec().limits
+    assert second.latency.speedup.against == first.name
+    assert second.lowering is not None
+    assert second.baseline is not None
 
 
 def test_shapes_that_are_not_known_are_asked_for_by_name(gate_command, project):

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -60,6 +64,59 @@ def test_an_interruption_says_so_in_one_line(gate_command, monkeypatch):
     outcome = gate_command("check", "gate.toml")
     assert outcome.code == 130
     assert outcome.err.count("\n") == 1
+
+
+def test_sigterm_ends_a_session_and_leaves_no_folder_behind(project):
+    temporary = project / "temporary"
+    temporary.mkdir()
+    gate = subprocess.Popen(
+        [sys.executable, "-m", "gate", "latency", "gate.toml::ort", "--p99", "1000"],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120.0
+    while not (began := list(temporary.glob("gate-session-*/phase.txt"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert began
+    gate.terminate()
+    _, told = gate.communicate(timeout=60.0)
+    assert gate.returncode == 143
+    assert told.splitlines()[-1] == "terminated: no verdict; nothing half-written was left behind"
+    assert "Traceback" not in told
+    assert [each.name for each in temporary.iterdir() if each.name.startswith("gate-")] == []
+
+
+def test_a_handler_of_sigterm_that_somebody_set_stays(gate_command, monkeypatch):
+    seen = []
+    monkeypatch.setattr("gate.cli.check.run", lambda args: seen.append(signal.getsignal(signal.SIGTERM)) or 0)
+
+    def theirs(number, frame):
+        raise AssertionError("not called")
+
+    before = signal.signal(signal.SIGTERM, theirs)
+    try:
+        assert gate_command("check", "gate.toml").code == 0
+        assert seen == [theirs]
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert gate_command("check", "gate.toml").code == 0
+        assert seen[1] is signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert gate_command("check", "gate.toml").code == 0
+        assert callable(seen[2])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_outside_the_main_thread_no_handler_is_set(project, monkeypatch):
+    monkeypatch.setattr("gate.cli.check.run", lambda args: 0)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["check", "gate.toml"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 def test_a_fault_of_the_gate_exits_70_and_keeps_its_traceback(gate_command, project, monkeypatch):

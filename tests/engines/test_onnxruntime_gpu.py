@@ -17,8 +17,9 @@ from gate.compare_on_device import has_cuda, host_array
 from gate.engines import backend
 from gate.engines.interface import GpuTimed, OutputsOnDevice, RegionTimed, RegionTimes
 from gate.engines.onnxruntime import OnnxRuntimeRunner
-from gate.engines.onnxruntime.gpu import OnnxRuntimeGpuRunner, _left_by, _process_folder
+from gate.engines.onnxruntime.gpu import OnnxRuntimeGpuRunner, _left_by, _Made, _process_folder
 from gate.engines.onnxruntime.placement import RECORD_ENTRY, placed_nodes, require_placement
+from gate.engines.tensorrt.buffers import Buffers
 from gate.errors import BackendUnavailable, BuildError, RunError
 from gate.spec import EngineOptions, GateSpec
 from gate.verdict import Evidence
@@ -60,7 +61,7 @@ def make_spec(precision="fp32", **options):
 SPEC = make_spec()
 
 
-def write_net(path, *, extra=()):
+def write_net(path, *, extra=(), outputs=()):
     """Convolution, activation, flattening by shape arithmetic, and a matrix product."""
     nodes = [
         helper.make_node("Conv", ["x", "k"], ["c"], name="conv"),
@@ -76,7 +77,7 @@ def write_net(path, *, extra=()):
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 16, 16])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10]), *outputs],
         [
             numpy_helper.from_array(KERNELS, "k"),
             numpy_helper.from_array(WEIGHT, "w"),
@@ -96,6 +97,8 @@ class CountingMemory:
         self.blocks = {}
         self.blocking = set()
         self.slept = 0
+        self.queries = 0
+        self.reached = -1
         self._ticks = 0
         self._times = {}
 
@@ -140,8 +143,13 @@ class CountingMemory:
         self._ticks += 1
         self._times[event] = self._ticks * 1000
 
+    def wait(self, event):
+        self.slept += event in self.blocking
+        self.reached = self._ticks * 1000
+
     def elapsed_ns(self, start, end):
-        self.slept += end in self.blocking
+        self.queries += 1
+        assert self._times[end] <= self.reached, "cudaErrorNotReady"
         return self._times[end] - self._times[start]
 
     def drop_event(self, event):
@@ -217,16 +225,116 @@ def test_each_batch_in_turn_is_computed_from_its_own_inputs(simulated, transfers
     for index in (0, 1, 2, 2, 0, 1):
         for sink, _ in batches_of(once)[index].sinks:
             sink[...] = 0
-        times = once(index)
+        times = once(index)()
         copied = 101_000 if transfers else None
         assert times == RegionTimes(gpu_compute=1000, enqueue=times.enqueue, h2d=copied, d2h=copied)
         assert times.enqueue > 0
         np.testing.assert_array_equal(read(batches_of(once)[index]), expected[index])
     assert set(clock.blocks) == blocks
-    assert len(blocks) == (1 + 3 + 2 * 3 if transfers else 0)
+    assert len(blocks) == (1 + 3 + 2 if transfers else 1)
     del once
     assert clock.blocks == {}
     np.testing.assert_array_equal(runner.run({"x": X})["y"], expected[0])
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+@pytest.mark.parametrize("wait", ["spin", "block"])
+def test_events_are_asked_only_after_the_call_returned(simulated, transfers, wait):
+    runner, clock = simulated
+    once = runner.region_timed([{"x": x} for x in TURNS], transfers=transfers, wait=wait)
+    assert clock.queries == 0
+    unread = once(1)
+    assert clock.queries == 0
+    assert unread().gpu_compute == 1000
+    assert clock.queries == (3 if transfers else 1)
+    runner.close()
+    with pytest.raises(RunError, match="closed"):
+        unread()
+
+
+@pytest.fixture
+def picking(tmp_path):
+    """A graph with an output that has as many columns as values of `y` are above 0."""
+    extra = [
+        helper.make_node("Relu", ["y"], ["p"], name="p"),
+        helper.make_node("NonZero", ["p"], ["z"], name="nonzero"),
+    ]
+    path = write_net(
+        tmp_path / "picking.onnx",
+        extra=extra,
+        outputs=[helper.make_tensor_value_info("z", TensorProto.INT64, [2, None])],
+    )
+    clock = CountingMemory()
+    with OnTheCpu(path, spec=SPEC, precision="fp32", options=SPEC.engines[0].options, device_memory=clock) as runner:
+        yield runner, clock
+
+
+MANY = [RANDOM.standard_normal(X.shape).astype(np.float32) for _ in range(64)]
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+def test_all_batches_leave_an_output_in_one_buffer_large_enough_for_each(picking, transfers):
+    runner, clock = picking
+    expected = [runner.run({"x": x}) for x in MANY]
+    largest = max(each["z"].nbytes for each in expected)
+    assert len({each["z"].shape for each in expected}) > 1
+    once = runner.region_timed([{"x": x} for x in MANY], transfers=transfers, wait="spin")
+    outputs = expected[0]["y"].nbytes + largest
+    held = sum(block.nbytes for block in clock.blocks.values())
+    assert held == (65 * X.nbytes + 2 * outputs if transfers else outputs)
+    batches = batches_of(once)
+    for index in (0, 1, 63, 2, 1):
+        once(index)
+        found = batches[index].binding.copy_outputs_to_cpu()
+        if transfers:
+            sinks = [sink for sink, _ in batches[index].sinks]
+            found = [sinks[0].view(np.float32).reshape(2, 10), sinks[1].view(np.int64).reshape(2, -1)]
+        for array, name in zip(found, ("y", "z"), strict=True):
+            np.testing.assert_array_equal(array, expected[index][name])
+
+
+def addresses(call):
+    """Where the outputs of a function of `timed` lie."""
+    cells = dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))
+    return [value.data_ptr() for value in cells["binding"].cell_contents.get_outputs()]
+
+
+def test_timed_calls_share_their_outputs_on_the_gpu_runner_and_on_the_cpu(simulated, net):
+    runner, _ = simulated
+    with OnnxRuntimeRunner(net, spec=SPEC) as host:
+        for each in (runner, host):
+            calls = [each.timed({"x": x}) for x in (*TURNS, X[:1])]
+            for _ in range(2):
+                for call in calls:
+                    call()
+            one, *others, single = [addresses(call) for call in calls]
+            assert others == [one, one]
+            assert single != one
+            np.testing.assert_allclose(each.run({"x": X})["y"], host.run({"x": X})["y"])
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+def test_an_output_on_another_device_is_an_error(simulated, monkeypatch, transfers):
+    runner, clock = simulated
+    feeds = [{"x": x} for x in TURNS]
+    monkeypatch.setattr(onnxruntime.OrtValue, "device_name", lambda _: "webgpu")
+    with pytest.raises(RunError, match="output 'y' lies on 'webgpu'; its copy can be timed from 'cpu' alone"):
+        runner.region_timed(feeds, transfers=transfers, wait="spin")
+    assert clock.blocks == {}
+
+
+def test_an_output_on_the_host_is_left_in_one_array_and_not_copied(simulated):
+    runner, _ = simulated
+    clock = CountingMemory()
+    own = Buffers(clock)
+    made = [_Made("y", "cpu", np.float32, (rows, 10), rows * 40) for rows in (2, 4, 1)]
+    runner._device = "cuda"
+    address, host = runner._sink(made, own, transfers=True)
+    assert host is None
+    assert list(clock.blocks) == [address]
+    assert clock.blocks[address].nbytes == 160
+    with pytest.raises(RunError, match="output 'y' lies on cpu or cuda, by batch"):
+        runner._sink([*made, _Made("y", "cuda", np.float32, (1, 10), 40)], own, transfers=True)
 
 
 def test_host_sleeps_only_where_it_is_asked_to_block(simulated):
@@ -298,7 +406,7 @@ def test_closing_gives_stream_and_events_back_once(simulated):
     runner, clock = simulated
     once, wall = runner.gpu_timed({"x": X}), runner.timed({"x": X})
     regions = runner.region_timed([{"x": X}], transfers=True, wait="spin")
-    assert len(clock.blocks) == 4
+    assert len(clock.blocks) == 1 + 4
     runner.close()
     runner.close()
     assert clock.calls == ["stream", "drop 100", "drop 101", "drop 102", "drop 103", "close 5"]
@@ -427,17 +535,17 @@ def test_regions_of_batches_in_turn_on_the_gpu(net, provider):
             for turn in range(12):
                 batch = batches_of(once)[turn % 3]
                 batch.sinks[0][0][...] = 0
-                times = once(turn % 3)
+                times = once(turn % 3)()
                 assert min(times.h2d, times.gpu_compute, times.d2h, times.enqueue) > 0
                 np.testing.assert_allclose(read(batch), expected[turn % 3], rtol=1e-3, atol=1e-3)
         once = runner.region_timed(feeds, transfers=False, wait="spin")
         for turn in range(6):
-            times = once(turn % 3)
+            times = once(turn % 3)()
             assert min(times.gpu_compute, times.enqueue) > 0
             assert (times.h2d, times.d2h) == (None, None)
             np.testing.assert_allclose(read(batches_of(once)[turn % 3]), expected[turn % 3], rtol=1e-3, atol=1e-3)
         call = runner.gpu_timed(feeds[0])
-        pairs = np.array([(call(), once(turn % 3).gpu_compute) for turn in range(200)])
+        pairs = np.array([(call(), once(turn % 3)().gpu_compute) for turn in range(200)])
         alone, turns = np.median(pairs, axis=0)
         assert turns == pytest.approx(alone, rel=0.1)
         np.testing.assert_array_equal(runner.run(feeds[0])["y"], expected[0])

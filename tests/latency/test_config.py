@@ -1,5 +1,6 @@
 """The tables of latency: every batch size and shape, and what contradicts itself."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from gate.latency.config import (
     RegressionSpec,
     SpeedupSpec,
     latency_checks,
+    latency_limits,
     latency_problems,
     percent_from,
     percent_of,
@@ -138,7 +140,8 @@ def test_the_tolerance_of_a_speedup_is_its_distance_from_one(at_least, percent):
 
 def test_a_table_without_contradictions_has_no_problem():
     assert problems(LatencySpec(p50_ms=1.0, batch=(1, 16), axes={"height": (8, 64)})) == []
-    assert problems(LatencySpec(p50_ms=1.0), batch_axis=None, axes={}) == []
+    assert problems(LatencySpec(p50_ms=1.0), batch_axis=1, axes={}) == []
+    assert problems(LatencySpec(p50_ms=1.0, batch=4), batch_axis=4, axes={}) == []
 
 
 @pytest.mark.parametrize(
@@ -174,6 +177,14 @@ def test_a_table_without_contradictions_has_no_problem():
         ({"regression": RegressionSpec(p50="fast")}, ("latency", "regression"), "a share is written"),
         ({"regression": RegressionSpec(p95="0 %")}, ("latency", "regression", "p95"), "regression p95 is above 0 %"),
         ({"p50_ms": 1.0, "batch": (1, 1)}, ("latency",), "measures batch=1 twice"),
+        ({"p50_ms": 1.0, "axes": {"batch": 8}}, ("latency", "axes", "batch"), "the first axis: its size is batch"),
+        ({"p99_9_ms": math.inf}, ("latency", "p99_9_ms"), "p99_9_ms is a finite number above 0, got inf"),
+        ({"throughput_at_least": math.nan}, ("latency", "throughput_at_least"), "finite number above 0, got nan"),
+        (
+            {"speedup": SpeedupSpec(at_least=math.inf)},
+            ("latency", "speedup", "at_least"),
+            "at_least is a finite number above 0, got inf",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_named_with_its_key(settings, key, message):
@@ -181,8 +192,40 @@ def test_what_contradicts_itself_is_named_with_its_key(settings, key, message):
         raise SpecError(" | ".join(text for at, text in problems(LatencySpec(**settings)) if at == key))
 
 
-def test_a_fixed_first_axis_takes_any_batch_that_the_table_names():
-    assert problems(LatencySpec(p50_ms=1.0, batch=99), batch_axis=None) == []
+@pytest.mark.parametrize("batch", [1, 99, (4, 8)])
+def test_another_batch_than_that_of_a_fixed_first_axis_is_a_problem(batch):
+    said = problems(LatencySpec(p50_ms=1.0, batch=batch), batch_axis=4, axes={})
+    wrong = 8 if batch == (4, 8) else batch
+    assert said == [
+        (
+            ("latency", "batch"),
+            f"[engine.latency] batch = {wrong}, and the first axis of the inputs is fixed: batch = 4 is what can be timed",
+        )
+    ]
+
+
+@pytest.mark.parametrize("axis", ["n", "batch"])
+def test_the_first_axis_is_no_other_axis_whatever_it_is_called(axis):
+    said = problems(LatencySpec(p50_ms=1.0, axes={axis: (1, 16)}), batch_axis="n", axes={"n": (1, 16)})
+    assert said == [
+        (("latency", "axes", axis), f"[engine.latency] axes has {axis!r}, the first axis: its size is batch")
+    ]
+
+
+def test_limits_are_by_check():
+    table = LatencySpec(
+        batch=(1, 8),
+        p99_ms=2.0,
+        throughput_at_least=5.0,
+        regression=RegressionSpec(p50="3 %"),
+        speedup=SpeedupSpec(at_least=2.0),
+    )
+    found = latency_limits(table)
+    assert tuple(found) == latency_checks(table)
+    assert found["latency.throughput[batch=8]"] == 5.0
+    assert found["latency.regression_p50[batch=1]"] == 3.0
+    assert found["latency.speedup[batch=8]"] == 2.0
+    assert latency_limits(None) == {}
 
 
 def test_a_list_without_tables_is_a_problem():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 
 import pytest
 
@@ -257,3 +259,51 @@ def test_a_warning_is_the_likely_cause_of_other_answers_alone():
     assert "worst sample 7: label 1" in lines
     slow = runs.run_of(runs.engine("ort", runs.finding("latency.p50_ms", 9.0), warnings=warnings))
     assert not any("likely" in line for line in block(slow))
+
+
+def drawn_in(stream, seconds):
+    """How much is drawn in so long, while nobody asks for it."""
+    before = len(stream.getvalue())
+    time.sleep(seconds)
+    return len(stream.getvalue()) - before
+
+
+@pytest.fixture
+def moving(monkeypatch):
+    """A terminal with bars."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    with progress(stream) as bars:
+        yield stream, bars
+
+
+@pytest.mark.parametrize("name", ["latency", "usage", "memory", "stages"])
+def test_nothing_is_drawn_while_something_is_timed(moving, name):
+    stream, bars = moving
+    bars.stage("compare", engine="ort", total=10)
+    assert drawn_in(stream, 0.4) > 0
+    bars.stage(name, engine="ort", total=5)
+    assert f"{name:<11} ort" in stream.getvalue()
+    assert drawn_in(stream, 0.4) == 0
+    assert not [each.name for each in threading.enumerate() if type(each).__name__ == "_RefreshThread"]
+
+
+def test_steps_of_what_is_timed_are_drawn_but_not_each_of_many(moving):
+    stream, bars = moving
+    bars.stage("latency", engine="ort", total=4)
+    before = stream.getvalue()
+    for _ in range(2):
+        bars.advance()
+    assert stream.getvalue() == before
+    time.sleep(0.6)
+    bars.advance()
+    assert "75%" in stream.getvalue()[len(before) :]
+
+
+def test_the_bar_moves_again_after_something_was_timed(moving):
+    stream, bars = moving
+    bars.stage("latency", engine="ort", total=5)
+    bars.stage("build", engine="other")
+    assert drawn_in(stream, 0.4) > 0
+    assert "build       other" in stream.getvalue()

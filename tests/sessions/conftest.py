@@ -79,6 +79,26 @@ def failing():
 
 def exiting_when_made():
     sys.exit(6)
+
+
+def littering(fault=lambda: None):
+    import atexit, shutil, tempfile
+
+    folder = tempfile.mkdtemp(prefix="litter-")
+    open(os.path.join(folder, "engine"), "w").close()
+    atexit.register(shutil.rmtree, folder)
+    return Faulty(fault, 12).eval()
+
+
+def littering_hang():
+    return littering(hang)
+
+
+def crashing_when_closed():
+    from gate.engines.torch.engine import TorchEngineRunner
+
+    TorchEngineRunner.close = lambda self: os.kill(os.getpid(), signal.SIGSEGV)
+    return sound()
 """
 
 SPEC = """schema = 1

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
+
 import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from gate.engines.interface import RegionTimes
-from gate.errors import MeasurementError
+from gate.engines.onnxruntime import runner
+from gate.errors import BackendUnavailable, MeasurementError
+from gate.latency.config import Cell
 from gate.latency.measurement import Reading
 from gate.sessions import child
 from gate.sessions.child import main, measure, read_feeds
 from gate.sessions.job import FAILED, JOB, PHASE, TIMES, bytes_from_job
+from gate.spec import read_spec
 from gate.tensors import TensorMeta
 
 
@@ -50,7 +56,7 @@ class SimulatedRunner(PlainRunner):
         def once(index):
             self.calls.append((self.name, index))
             copies = {"h2d": 10 + index, "d2h": 20} if transfers else {}
-            return RegionTimes(gpu_compute=100 + index, enqueue=7, **copies)
+            return lambda: RegionTimes(gpu_compute=100 + index, enqueue=7, **copies)
 
         return once
 
@@ -102,7 +108,8 @@ def named(project, name):
 
 def done(job, project):
     told = []
-    return measure(job, folder=project.folder, tell=told.append), told
+    with ExitStack() as stack:
+        return measure(job, folder=project.folder, tell=told.append, stack=stack), told
 
 
 def test_every_region_is_recorded_and_latency_is_copies_and_compute(project, simulated):
@@ -203,6 +210,174 @@ def test_switches_of_pytorch_follow_the_engine_whose_turn_it_is(project):
     assert child._switches(project.job(project.torch(), project.ort())) == {}
 
 
+class SlowRunner(SimulatedRunner):
+    """One that takes its time, by the batch size, and longer at its first inference."""
+
+    seconds, first = 0.0, 0.0
+
+    def run(self, feed_dict):
+        is_first = (self.name, "run") not in self.calls
+        time.sleep(max(self.first * is_first, self.seconds * len(feed_dict["x"])))
+        return super().run(feed_dict)
+
+
+def batches_bound(job, project, simulated, **seconds):
+    """How many batches each engine was bound to, call by call."""
+    simulated.kind = type("Slow", (SlowRunner,), seconds)
+    done(job, project)
+    return {each.name: [count for count, *_ in each.asked] for each in simulated.runners}
+
+
+def many(project, **changes):
+    return project.cell(feeds=project.feeds(count=40, batch=changes.get("batch", 2)), **changes)
+
+
+def test_no_more_batches_are_bound_than_a_tenth_of_the_time_allows(project, simulated):
+    both = (named(project, "a"), named(project, "b"))
+    job = project.job(*both, cells=(many(project, subjects=(0, 1)),), max_s=4.0)
+    found = batches_bound(job, project, simulated, seconds=0.005)
+    assert found["a"] == found["b"]
+    assert 2 <= found["a"][0] <= 20
+
+
+def test_two_batches_take_turns_however_slow_the_engine_is(project, simulated):
+    job = project.job(named(project, "a"), cells=(many(project),), max_s=1e-3)
+    assert batches_bound(job, project, simulated, seconds=0.01) == {"a": [2]}
+
+
+def test_a_first_inference_that_loads_does_not_cost_the_other_batches(project, simulated):
+    job = project.job(named(project, "a"), cells=(many(project),), max_s=30.0)
+    assert batches_bound(job, project, simulated, first=0.3) == {"a": [40]}
+
+
+def test_each_batch_size_is_bound_by_what_its_own_inferences_take(project, simulated):
+    cells = (many(project, batch=1), many(project, batch=8))
+    job = project.job(named(project, "a"), cells=cells, max_s=5.0)
+    small, large = batches_bound(job, project, simulated, seconds=0.003)["a"]
+    assert small == 40
+    assert large < 20
+
+
+def test_without_a_limit_of_time_binding_has_one(project, simulated, monkeypatch):
+    monkeypatch.setattr(child, "_BINDING_S", 0.1)
+    job = project.job(named(project, "a"), cells=(many(project),), usage_s=0.01, usage_feeds=project.feeds(count=30))
+    cell, usage = batches_bound(job, project, simulated, seconds=0.01)["a"]
+    assert 2 <= cell < 10
+    assert 2 <= usage < 10
+
+
+class EventlessRunner(SimulatedRunner):
+    """One on a GPU where nothing gives events."""
+
+    def region_timed(self, feeds, *, transfers, wait):
+        raise BackendUnavailable("timing on the device needs CUDA events")
+
+
+def test_engine_on_a_gpu_without_events_is_timed_as_a_whole(project, simulated):
+    simulated.kind = EventlessRunner
+    times, _ = done(project.job(named(project, "a")), project)
+    assert list(times.cells[0].subjects[0].regions) == ["host_wall"]
+    assert ("a", "timed") in simulated.calls
+
+
+@pytest.mark.parametrize("changes", [{"transfers": False}, {"wait": "block"}])
+def test_engine_on_a_gpu_without_events_is_not_timed_in_part(project, simulated, changes):
+    simulated.kind = EventlessRunner
+    with pytest.raises(BackendUnavailable, match="needs CUDA events"):
+        done(project.job(named(project, "a"), **changes), project)
+
+
+def test_times_are_written_before_an_engine_is_closed(project, simulated):
+    (project.folder / JOB).write_bytes(bytes_from_job(project.job(named(project, "a"))))
+    with ExitStack() as stack:
+        assert main(project.folder, stack) == 0
+        assert (project.folder / TIMES).is_file()
+        assert not simulated.runners[0].closed
+    assert simulated.runners[0].closed
+
+
+def test_reference_in_onnx_is_timed_with_every_optimisation(project, monkeypatch):
+    opened = []
+    opened_there = runner.open_session
+
+    def open_session(path, options):
+        opened.append((path, options))
+        return opened_there(path, options)
+
+    monkeypatch.setattr(runner, "open_session", open_session)
+    subject = msgspec.structs.replace(project.ort(), engine=None, file=None, sha256=None)
+    times, _ = done(project.job(subject), project)
+    assert len(times.cells[0].subjects[0].regions["host_wall"]) == 20
+    assert [(path.name, options.optimization) for path, options in opened] == [("model.onnx", None)]
+
+
+TWO_AXES = """schema = 1
+
+[model]
+id = "m"
+onnx = "model.onnx"
+
+[inputs.x]
+dtype = "float32"
+shape = ["n", 3, "w"]
+n = { min = 1, opt = 2, max = 8 }
+w = { min = 1, opt = 2, max = 8 }
+
+[inputs.y]
+dtype = "float32"
+shape = ["n", "w"]
+n = { min = 1, opt = 2, max = 8 }
+w = { min = 1, opt = 2, max = 8 }
+
+[data]
+source = "data:samples"
+samples = 1
+
+[[engine]]
+name = "ort"
+backend = "onnxruntime"
+precision = "fp32"
+  [engine.parity]
+"""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "axes", "message"),
+    [
+        ({"x": (2, 3, 4), "y": (2, 4)}, {"w": 4}, None),
+        ({"x": (2, 3, 5), "y": (2, 5)}, {}, None),
+        ({"x": (3, 3, 4), "y": (3, 4)}, {}, r"'x' has shape \[3, 3, 4\], the batch is to be 2"),
+        ({"x": (), "y": (2, 4)}, {}, r"'x' has shape \[\], the batch is to be 2"),
+        ({"x": (2, 3, 5), "y": (2, 4)}, {"w": 4}, r"'x' has shape \[2, 3, 5\], axis 'w' is to be 4"),
+        ({"x": (2, 3, 4), "y": (2, 5)}, {"w": 4}, r"'y' has shape \[2, 5\], axis 'w' is to be 4"),
+        ({"x": (2, 3, 4)}, {"w": 4}, "there is no input 'y'"),
+    ],
+)
+def test_batches_have_the_sizes_of_their_cell(tmp_path, shapes, axes, message):
+    (tmp_path / "gate.toml").write_text(TWO_AXES)
+    file = read_spec(tmp_path / "gate.toml")
+    feeds = [{name: np.zeros(shape, np.float32) for name, shape in shapes.items()}]
+    cell = Cell(batch=2, axes=axes)
+    if message is None:
+        child._require_batch(feeds, cell, file=file, where="feeds")
+        return
+    with pytest.raises(MeasurementError, match=message):
+        child._require_batch(feeds, cell, file=file, where="feeds")
+
+
+def test_a_fixed_first_axis_is_held_against_the_batch_too(tmp_path):
+    (tmp_path / "gate.toml").write_text(
+        TWO_AXES.replace('["n", 3, "w"]\nn = { min = 1, opt = 2, max = 8 }', '[4, 3, "w"]').replace(
+            '["n", "w"]\nn = { min = 1, opt = 2, max = 8 }', '[4, "w"]'
+        )
+    )
+    file = read_spec(tmp_path / "gate.toml")
+    feeds = [{"x": np.zeros((4, 3, 2), np.float32), "y": np.zeros((4, 2), np.float32)}]
+    child._require_batch(feeds, Cell(batch=4), file=file, where="feeds")
+    with pytest.raises(MeasurementError, match=r"has shape \[4, 3, 2\], the batch is to be 1"):
+        child._require_batch(feeds, Cell(batch=1), file=file, where="feeds")
+
+
 def test_stored_outputs_have_no_latency(project):
     subject = msgspec.structs.replace(project.torch(), spec=project.spec_of_stored_outputs())
     with pytest.raises(MeasurementError, match="stored outputs, so it has no latency"):
@@ -211,7 +386,8 @@ def test_stored_outputs_have_no_latency(project):
 
 def test_main_writes_times_and_what_it_did_last(project):
     (project.folder / JOB).write_bytes(bytes_from_job(project.job(project.ort())))
-    assert main(project.folder) == 0
+    with ExitStack() as stack:
+        assert main(project.folder, stack) == 0
     assert (project.folder / TIMES).is_file()
     assert not (project.folder / FAILED).exists()
     assert (project.folder / PHASE).read_text().strip() == "timing 'ort' at batch=2"
@@ -219,7 +395,8 @@ def test_main_writes_times_and_what_it_did_last(project):
 
 def test_main_writes_why_it_failed(project, capfd):
     (project.folder / JOB).write_bytes(b"{}")
-    assert main(project.folder) == 1
+    with ExitStack() as stack:
+        assert main(project.folder, stack) == 1
     assert "MeasurementError" in (project.folder / FAILED).read_text()
     assert not (project.folder / TIMES).exists()
 

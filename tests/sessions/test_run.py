@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -16,7 +19,15 @@ from gate.errors import DigestMismatch, MeasurementError, RunError, SpecError
 from gate.latency.config import Cell
 from gate.latency.measurement import CellTimes, MemoryUse, SessionTimes, SubjectTimes, Usage
 from gate.sessions.job import JOB, TIMES, CellJob, Job, bytes_from_job, job_from_bytes
-from gate.sessions.run import error_from_bytes, require_job, run_session, times_from_bytes, write_feeds
+from gate.sessions.run import (
+    _environment,
+    error_from_bytes,
+    require_job,
+    run_session,
+    start_code,
+    times_from_bytes,
+    write_feeds,
+)
 
 LIMIT_S = 120.0
 
@@ -146,6 +157,126 @@ def _press_when(path):
     os.kill(os.getpid(), signal.SIGALRM)
 
 
+def alive(pid):
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def gone(pid, *, within_s):
+    deadline = time.monotonic() + within_s
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def started_by(pid):
+    """The first process that a process started."""
+    deadline = time.monotonic() + LIMIT_S
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    while time.monotonic() < deadline:
+        if found := children.read_text().split():
+            return int(found[0])
+        time.sleep(0.001)
+    raise AssertionError("no session began")
+
+
+WAITING = """
+import sys
+from pathlib import Path
+from gate.sessions.job import job_from_bytes
+from gate.sessions.run import run_session
+
+run_session(job_from_bytes(Path(sys.argv[1]).read_bytes()), timeout_s=120.0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is ended with its parent on Linux")
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.1, 0.5])
+def test_process_does_not_outlive_the_gate_that_was_killed(project, after_s):
+    job = project.folder / "waiting.json"
+    job.write_bytes(bytes_from_job(project.job(project.torch("hanging"))))
+    gate = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(job)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TMPDIR": str(project.folder)},
+    )
+    session = started_by(gate.pid)
+    time.sleep(after_s)
+    gate.kill()
+    gate.wait()
+    assert gone(session, within_s=5.0)
+
+
+def test_process_whose_gate_is_gone_ends_before_it_imports_anything(project):
+    job = project.job(project.ort())
+    (project.folder / JOB).write_bytes(bytes_from_job(job))
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", start_code(project.folder, parent=os.getpid() + 1)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "gate" not in [line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()]
+    assert not (project.folder / TIMES).exists()
+
+
+def test_search_path_with_what_is_no_text_is_passed_without_it(project, monkeypatch):
+    monkeypatch.setattr(sys, "path", [Path("/somewhere"), *sys.path])
+    assert run_session(project.job(project.ort()), timeout_s=LIMIT_S).cells
+
+
+@pytest.mark.parametrize("timeout_s", [2.2e6, 1e12, 1e300])
+def test_time_limit_beyond_what_the_system_counts_in_is_kept(project, timeout_s):
+    assert run_session(project.job(project.ort()), timeout_s=timeout_s).cells
+
+
+def test_time_limit_holds_over_several_slices(project, monkeypatch):
+    monkeypatch.setattr("gate.sessions.run._LONGEST_POLL_S", 0.5)
+    started = time.perf_counter()
+    with pytest.raises(MeasurementError, match="timed out after 2 s"):
+        run_session(project.job(project.torch("hanging")), timeout_s=2.0)
+    assert 2.0 <= time.perf_counter() - started < 10.0
+
+
+@pytest.mark.parametrize(
+    ("function", "is_kept"), [("littering", False), ("littering", True), ("littering_hang", False)]
+)
+def test_nothing_is_left_in_the_folder_for_temporary_files(project, tmp_path, monkeypatch, function, is_kept):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    folder = project.folder / "kept" if is_kept else None
+    job = project.job(project.torch(function))
+    if function == "littering":
+        assert run_session(job, timeout_s=LIMIT_S, folder=folder).cells
+    else:
+        with pytest.raises(MeasurementError, match="timed out"):
+            run_session(job, timeout_s=8.0, folder=folder)
+    # What PyTorch compiles is kept for other processes.
+    assert [each.name for each in temporary.iterdir() if not each.name.startswith("torchinductor_")] == []
+    assert folder is None or not [each for each in folder.iterdir() if each.name.startswith("litter")]
+
+
+def test_what_pytorch_compiled_stays_where_it_was(monkeypatch, tmp_path):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert _environment(tmp_path)["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert _environment(tmp_path)["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+
+
+def test_an_engine_that_crashes_when_it_is_closed_has_its_times(project):
+    (cell,) = run_session(project.job(project.torch("crashing_when_closed")), timeout_s=LIMIT_S).cells
+    assert len(cell.subjects[0].regions["host_wall"]) == 20
+
+
 def test_error_of_the_model_is_raised_again_as_the_same_class(project):
     with pytest.raises(RunError, match="no such luck") as caught:
         run_session(project.job(project.torch("failing")), timeout_s=LIMIT_S)
@@ -265,6 +396,12 @@ def test_good_answer_is_taken(answers):
     assert times_from_bytes(msgspec.json.encode(answers.times), answers.job) == answers.times
 
 
+@pytest.mark.parametrize("region", ["h2d", "d2h", "enqueue"])
+def test_copies_and_launches_that_took_less_than_a_step_of_the_clock_are_taken(answers, region):
+    found = answers.with_subject(regions={"host_wall": (5, 6, 7), region: (0, 1, 0)})
+    assert times_from_bytes(msgspec.json.encode(found), answers.job) == found
+
+
 def test_every_truncation_of_an_answer_is_an_error(answers):
     text = msgspec.json.encode(answers.times)
     for length in range(len(text)):
@@ -295,6 +432,12 @@ def test_answer_with_what_is_no_duration_is_an_error(answers, old, new):
         ({"regions": {"host_wall": (5, 6, -7)}}, "inference 2 took -7 ns in host_wall"),
         ({"regions": {"host_wall": (5, 6, 7), "h2d": (1, 1)}}, "2 inferences of 3 in h2d"),
         ({"regions": {"host_wall": (5, 6, 7), "h2d": (1, 1, -1)}}, "took -1 ns in h2d"),
+        (
+            {"regions": {"host_wall": (5, 6, 7), "enqueue": (1, -2, 1)}},
+            "took -2 ns in enqueue; a duration is not below 0",
+        ),
+        ({"regions": {"host_wall": (5, 6, 7), "gpu_compute": (1, 1, 0)}}, "took 0 ns in gpu_compute; .* is above 0"),
+        ({"regions": {"host_wall": (5, 6, 7), "latency": (1, 0, 1)}}, "took 0 ns in latency; a duration is above 0"),
         ({"leg": 3}, "legs of 3 inferences, asked for 2"),
         ({"warm_up": 0}, "0 inferences to warm up"),
         ({"span_ns": 17}, "inferences of 18 ns together were done in 17 ns"),

@@ -48,6 +48,9 @@ class NvmlSimulator:
     def nvmlShutdown(self):
         self.open -= 1
 
+    def nvmlDeviceGetCount(self):
+        return self.gpus
+
     def nvmlDeviceGetHandleByIndex(self, index):
         if index >= (self.gpus or 0):
             raise self.NVMLError("Invalid Argument")

@@ -16,10 +16,8 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
-import numpy as np
-
 from gate.device import fingerprint
-from gate.engines.interface import RegionTimes, Wait
+from gate.engines.interface import Unread, Wait
 from gate.engines.onnxruntime.placement import (
     CPU_NODES_AT_MOST,
     placed_nodes,
@@ -33,12 +31,11 @@ from gate.engines.onnxruntime.providers import (
     kept_folder,
     resolved_options,
 )
-from gate.engines.onnxruntime.runner import OnnxRuntimeRunner, read_model
+from gate.engines.onnxruntime.runner import OnnxRuntimeRunner, element_type, read_model
 from gate.engines.onnxruntime.session import open_session, provider_list
-from gate.engines.regions import region_times, require_alike
+from gate.engines.regions import require_alike, unread_regions
 from gate.engines.tensorrt.buffers import Buffers
 from gate.engines.tensorrt.device_array import DeviceArray, nbytes_of
-from gate.engines.tensorrt.loaded import BFLOAT16
 from gate.engines.tensorrt.memory import Memory, four_events, memory
 from gate.errors import BackendUnavailable, BuildError, RunError
 from gate.spec import EngineOptions, GateSpec
@@ -50,8 +47,8 @@ _RETURN_EARLY = "disable_synchronize_execution_providers"
 Source: onnxruntime_run_options_config_keys.h, kOrtRunOptionsConfigDisableSynchronizeExecutionProviders.
 """
 
-_BFLOAT16_IN_ONNX = 16
-"""Source: `TensorProto.DataType` of ONNX. NumPy has no such type to name it by."""
+_HOST = "cpu"
+"""What ONNX Runtime calls the host."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -71,6 +68,36 @@ class _Batch:
     held: tuple[Any, ...] = ()
     sources: tuple[tuple[Array, int], ...] = ()
     sinks: tuple[tuple[Array, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The inputs of a batch.
+
+    Args:
+        bind: Binds them.
+        held, sources: As `_Batch`.
+    """
+
+    bind: Callable[[Any], None]
+    held: tuple[Any, ...] = ()
+    sources: tuple[tuple[Array, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An output that an inference made.
+
+    Args:
+        device: ONNX Runtime's name of where it lies.
+        kind: What `bind_output` takes for its dtype.
+    """
+
+    name: str
+    device: str
+    kind: Any
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
@@ -156,6 +183,7 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
                 raise self._failed(err) from err
 
         once()
+        self._share_outputs(binding)
         return once
 
     def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
@@ -172,20 +200,18 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
             BackendUnavailable: No library for CUDA events is installed.
         """
         once = self.region_timed([feed_dict], transfers=False, wait="spin")
-        return lambda: once(0).gpu_compute
+        return lambda: once(0)().gpu_compute
 
-    def region_timed(
-        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
-    ) -> Callable[[int], RegionTimes]:
+    def region_timed(self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait) -> Callable[[int], Unread]:
         """The regions of an inference on one of several batches, between CUDA events on the stream that the provider runs on.
 
         ONNX Runtime's own copies (`OrtValue.update_inplace`, binding an array) are not in the order of that stream, so
         the copies of a run with transfers are the runner's: from page-locked arrays of each batch to one buffer that is
-        bound by address, and from a buffer that each output is bound to. An output that the provider leaves on the
-        host is not copied. Every batch is bound once, with outputs of its own.
+        bound by address, and from the buffer that an output is bound to. An output that the provider leaves on the
+        host is not copied. Every batch is bound once; all of them leave an output in the same buffer.
 
         Raises:
-            RunError: As `run`, or the batches differ in shape.
+            RunError: As `run`, the batches differ in shape, or an output lies on another device.
             BackendUnavailable: No library for CUDA events is installed.
         """
         import onnxruntime
@@ -202,7 +228,11 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
         settings.add_run_config_entry(_RETURN_EARLY, "1")
         own = Buffers(clock)
 
-        def once(index: int) -> RegionTimes:
+        def elapsed_ns(begin: int, finish: int) -> int:
+            self._open_session()
+            return clock.elapsed_ns(begin, finish)
+
+        def once(index: int) -> Unread:
             session = self._open_session()
             batch = batches[index]
             if transfers:
@@ -221,13 +251,12 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
                 for sink, address in batch.sinks:
                     clock.to_host(sink, address, stream)
                 clock.record(last, stream)
-            return region_times(clock.elapsed_ns, events, enqueue=enqueue, transfers=transfers)
+            unread = unread_regions(elapsed_ns, events, enqueue=enqueue, transfers=transfers)
+            clock.wait(last if transfers else end)
+            return unread
 
         try:
-            batches = [
-                self._copied(feed, own, index=index) if transfers else self._resident(feed)
-                for index, feed in enumerate(every)
-            ]
+            batches = self._batches(every, own, transfers=transfers)
             for index in range(len(batches)):
                 once(index)
         except BaseException:
@@ -300,63 +329,118 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
             )
         return self._memory, self._stream
 
-    def _resident(self, feed: Mapping[str, Array]) -> _Batch:
-        """A batch that lies on the device, and whose outputs stay there.
+    def _batches(self, feeds: Sequence[Mapping[str, Array]], own: Buffers, *, transfers: bool) -> list[_Batch]:
+        """Batches that are bound to their inputs, and to outputs that all of them share.
+
+        What shapes the outputs have, and where the provider makes them, is seen in one inference of each batch.
 
         Raises:
-            RunError: The runtime failed.
-        """
-        session = self._open_session()
-        try:
-            values = {name: self._on_device(array) for name, array in feed.items()}
-            binding = session.io_binding()
-            for name, value in values.items():
-                binding.bind_ortvalue_input(name, value)
-            for name in self._outputs:
-                binding.bind_output(name, self._device, 0)
-            binding.synchronize_inputs()
-        except Exception as err:
-            raise self._failed(err) from err
-        return _Batch(binding, held=tuple(values.values()))
-
-    def _copied(self, feed: Mapping[str, Array], own: Buffers, *, index: int) -> _Batch:
-        """A batch in page-locked memory, bound to the buffers that it is copied to and its outputs from.
-
-        What shapes the outputs have, and where the provider makes them, is seen in one inference.
-
-        Raises:
-            RunError: The runtime failed, or there is too little memory.
+            RunError: The runtime failed, an output lies elsewhere, or there is too little memory.
         """
         clock, stream = self._clock()
         session = self._open_session()
-        sources, sinks = [], []
         try:
-            binding = session.io_binding()
-            for name, array in feed.items():
-                source = own.pinned(f"{index} {name}", dtype=array.dtype.name, shape=array.shape, nbytes=array.nbytes)
-                source[...] = array
-                address = own.device(name, array.nbytes)
-                binding.bind_input(name, self._device, 0, array.dtype.type, list(array.shape), address)
-                clock.to_device(address, source, stream)
-                sources.append((source, address))
-            for name in self._outputs:
-                binding.bind_output(name, self._device, 0)
-            session.run_with_iobinding(binding)
-            for meta, value in zip(self._outputs.values(), binding.get_outputs(), strict=True):
-                shape = tuple(value.shape())
-                nbytes = nbytes_of(meta.dtype, shape)
-                if value.device_name() != self._device or not nbytes:
-                    continue
-                key = f"{index} out {meta.name}"
-                address = own.device(key, nbytes)
-                kind = _BFLOAT16_IN_ONNX if meta.dtype == BFLOAT16 else np.dtype(meta.dtype).type
-                binding.bind_output(meta.name, self._device, 0, kind, list(shape), address)
-                sinks.append((own.pinned(key, dtype="uint8", shape=(nbytes,), nbytes=nbytes), address))
+            given = [self._given(feed, own, index=index, transfers=transfers) for index, feed in enumerate(feeds)]
+            made: list[list[_Made]] = []
+            for each in given:
+                # A binding of its own, since one that ran holds the outputs of that inference.
+                binding = session.io_binding()
+                each.bind(binding)
+                for source, address in each.sources:
+                    clock.to_device(address, source, stream)
+                for name in self._outputs:
+                    binding.bind_output(name, self._device, 0)
+                binding.synchronize_inputs()
+                session.run_with_iobinding(binding)
+                made.append(self._made_by(binding))
+            sinks = [self._sink(each, own, transfers=transfers) for each in zip(*made, strict=True)]
+            batches = []
+            for each, outputs in zip(given, made, strict=True):
+                binding = session.io_binding()
+                each.bind(binding)
+                binding.synchronize_inputs()
+                copies = []
+                for output, (address, host) in zip(outputs, sinks, strict=True):
+                    if not output.nbytes:
+                        binding.bind_output(output.name, self._device, 0)
+                        continue
+                    binding.bind_output(output.name, output.device, 0, output.kind, list(output.shape), address)
+                    if host is not None:
+                        copies.append((host[: output.nbytes], address))
+                batches.append(_Batch(binding, held=each.held, sources=each.sources, sinks=tuple(copies)))
         except RunError:
             raise
         except Exception as err:
             raise self._failed(err) from err
-        return _Batch(binding, sources=tuple(sources), sinks=tuple(sinks))
+        return batches
+
+    def _given(self, feed: Mapping[str, Array], own: Buffers, *, index: int, transfers: bool) -> _Given:
+        """The inputs of a batch: in page-locked memory, for a buffer that all batches share, or on the device for good."""
+        if not transfers:
+            values = {name: self._on_device(array) for name, array in feed.items()}
+
+            def bind_values(binding: Any) -> None:
+                for name, value in values.items():
+                    binding.bind_ortvalue_input(name, value)
+
+            return _Given(bind_values, held=tuple(values.values()))
+        sources = []
+        for name, array in feed.items():
+            source = own.pinned(f"{index} in {name}", dtype=array.dtype.name, shape=array.shape, nbytes=array.nbytes)
+            source[...] = array
+            sources.append((source, own.device(f"in {name}", array.nbytes)))
+
+        def bind_addresses(binding: Any) -> None:
+            for (name, array), (_, address) in zip(feed.items(), sources, strict=True):
+                binding.bind_input(name, self._device, 0, array.dtype.type, list(array.shape), address)
+
+        return _Given(bind_addresses, sources=tuple(sources))
+
+    def _made_by(self, binding: Any) -> list[_Made]:
+        """The outputs of an inference that is done.
+
+        Source: `OrtValue.device_name` of ONNX Runtime 1.31: the kind of device in lower case, such as cpu, cuda or webgpu.
+
+        Raises:
+            RunError: One lies neither on the device nor on the host.
+        """
+        found = []
+        for meta, value in zip(self._outputs.values(), binding.get_outputs(), strict=True):
+            device = value.device_name()
+            if device not in (self._device, _HOST):
+                raise RunError(
+                    f"output {meta.name!r} lies on {device!r}; its copy can be timed from {self._device!r} alone",
+                    where=self._where,
+                    hint='Time the engine on provider = "cuda" or "tensorrt" with outputs on the GPU or the host.',
+                )
+            shape = tuple(int(size) for size in value.shape())
+            found.append(
+                _Made(
+                    meta.name, device, kind=element_type(meta.dtype), shape=shape, nbytes=nbytes_of(meta.dtype, shape)
+                )
+            )
+        return found
+
+    def _sink(self, made: Sequence[_Made], own: Buffers, *, transfers: bool) -> tuple[int, Array | None]:
+        """Where every batch leaves an output, large enough for each, and the page-locked array that it is copied to.
+
+        Returns:
+            The address; and the array, uint8, or None where nothing is copied: without transfers, and on the host.
+
+        Raises:
+            RunError: Some batches leave it on the device and some on the host, or there is too little memory.
+        """
+        devices = sorted({each.device for each in made})
+        if len(devices) > 1:
+            raise RunError(f"output {made[0].name!r} lies on {' or '.join(devices)}, by batch", where=self._where)
+        nbytes = max(each.nbytes for each in made)
+        key = f"out {made[0].name}"
+        on_device = devices[0] == self._device
+        address = own.device(key, nbytes) if on_device else 0
+        if on_device and not transfers:
+            return address, None
+        host = own.pinned(key, dtype="uint8", shape=(nbytes,), nbytes=nbytes)
+        return (address, host) if on_device else (host.ctypes.data, None)
 
     def _on_device(self, array: Array) -> Any:
         import onnxruntime
@@ -403,7 +487,7 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
 
 def _left_by(value: Any, dtype: str, *, is_current: Callable[[], bool]) -> DeviceArray | Array:
     """An OrtValue where it lies; as an array where that is the host."""
-    if value.device_name() == "cpu":
+    if value.device_name() == _HOST:
         array: Array = value.numpy()
         return array
     return DeviceArray(value.data_ptr(), shape=tuple(value.shape()), dtype=dtype, is_current=is_current)

@@ -64,8 +64,12 @@ class Memory(Protocol):
         """Note the time when the stream gets there."""
         ...
 
+    def wait(self, event: int) -> None:
+        """Wait until the stream got to the event: asleep, or spinning, as it was made."""
+        ...
+
     def elapsed_ns(self, start: int, end: int) -> int:
-        """Wait for the second event, in its way; the nanoseconds between both, with CUDA's resolution of about 500."""
+        """The nanoseconds between two events that the stream got to, with CUDA's resolution of about 500."""
         ...
 
     def drop_event(self, event: int) -> None:
@@ -177,8 +181,10 @@ class _CudaMemory:
     def record(self, event: int, stream: int) -> None:
         self._call("cudaEventRecord", event, stream)
 
+    def wait(self, event: int) -> None:
+        self._call("cudaEventSynchronize", event)
+
     def elapsed_ns(self, start: int, end: int) -> int:
-        self._call("cudaEventSynchronize", end)
         return round(float(self._call("cudaEventElapsedTime", start, end)) * 1e6)
 
     def drop_event(self, event: int) -> None:
@@ -304,9 +310,12 @@ class _TorchMemory:
         with _as_run_error():
             self._events[event].record(self._streams[stream])
 
+    def wait(self, event: int) -> None:
+        with _as_run_error():
+            self._events[event].synchronize()
+
     def elapsed_ns(self, start: int, end: int) -> int:
         with _as_run_error():
-            self._events[end].synchronize()
             return round(float(self._events[start].elapsed_time(self._events[end])) * 1e6)
 
     def drop_event(self, event: int) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from gate.engines.feed import require_feed, require_inputs
-from gate.engines.interface import RegionTimes, Wait
-from gate.engines.regions import region_times, require_alike
+from gate.engines.interface import Unread, Wait
+from gate.engines.regions import require_alike, unread_regions
 from gate.engines.tensorrt.buffers import Buffers, output_allocator
 from gate.engines.tensorrt.device_array import DeviceArray, DeviceInput, device_input, nbytes_of
 from gate.engines.tensorrt.loaded import BFLOAT16, LoadedPlan, Profile
@@ -172,11 +172,9 @@ class TensorRTRunner:
             RunError: As `run`.
         """
         once = self.region_timed([feed_dict], transfers=False, wait="spin")
-        return lambda: once(0).gpu_compute
+        return lambda: once(0)().gpu_compute
 
-    def region_timed(
-        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
-    ) -> Callable[[int], RegionTimes]:
+    def region_timed(self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait) -> Callable[[int], Unread]:
         """The regions of an inference on one of several batches, between CUDA events on the runner's stream.
 
         With transfers every batch has a page-locked array of its own, copied to the one buffer that the engine reads. Without,
@@ -193,7 +191,11 @@ class TensorRTRunner:
         first, start, end, last = events
         own = Buffers(memory)
 
-        def once(index: int) -> RegionTimes:
+        def elapsed_ns(begin: int, finish: int) -> int:
+            self._opened()
+            return memory.elapsed_ns(begin, finish)
+
+        def once(index: int) -> Unread:
             self._opened()
             batch = batches[index]
             with self._recovering():
@@ -210,7 +212,9 @@ class TensorRTRunner:
                 if transfers:
                     self._copy_out(batch)
                     memory.record(last, stream)
-                return region_times(memory.elapsed_ns, events, enqueue=enqueue, transfers=transfers)
+                unread = unread_regions(elapsed_ns, events, enqueue=enqueue, transfers=transfers)
+                memory.wait(last if transfers else end)
+            return unread
 
         try:
             batches = self._batches(feeds, own, transfers=transfers)

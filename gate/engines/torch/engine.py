@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 from types import TracebackType
@@ -9,12 +10,12 @@ from typing import Any
 
 from gate.chatter import quiet
 from gate.engines.feed import metas_from_spec, require_feed
-from gate.engines.interface import RegionTimes, Wait
-from gate.engines.regions import region_times, require_alike
+from gate.engines.interface import Unread, Wait
+from gate.engines.regions import require_alike, unread_regions
 from gate.engines.torch import arithmetic
 from gate.engines.torch.module import Mode, least_feed
 from gate.engines.torch.runner import array_from, metas_of, named_outputs, tensor_from
-from gate.errors import RunError
+from gate.errors import GateError, RunError
 from gate.factory import failure_of
 from gate.spec import GateSpec
 from gate.tensors import Array, NamedArrays, TensorMeta
@@ -172,7 +173,10 @@ class TorchEngineRunner:
                     "torch.compile needs a C++ compiler, and finds none here",
                     hint='sudo apt-get install g++, or mode = "eager"',
                 ) from err
-            raise failure_of(err, where=self._where, error=RunError, doing=f"PyTorch ({self._mode})") from err
+            raise self._failed(err) from err
+
+    def _failed(self, err: Exception) -> GateError:
+        return failure_of(err, where=self._where, error=RunError, doing=f"PyTorch ({self._mode})")
 
     def _widened(self, result: Any) -> dict[str, Any]:
         """Outputs by name, in the FP32 model's dtypes."""
@@ -184,7 +188,13 @@ class TorchEngineRunner:
 
 
 class CudaTorchEngineRunner(TorchEngineRunner):
-    """An engine in PyTorch on the current GPU, which can time the engine alone."""
+    """An engine in PyTorch on the current GPU, which can time the engine alone.
+
+    Inferences between events are on a stream of the runner's own, so that several runners share the GPU; all others are
+    on the current stream, and done when they return.
+    """
+
+    _stream: Any = None
 
     def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
         """One inference on inputs that lie on the device: nanoseconds between two CUDA events around the engine.
@@ -193,16 +203,15 @@ class CudaTorchEngineRunner(TorchEngineRunner):
             RunError: As `run`.
         """
         once = self.region_timed([feed_dict], transfers=False, wait="spin")
-        return lambda: once(0).gpu_compute
+        return lambda: once(0)().gpu_compute
 
-    def region_timed(
-        self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait
-    ) -> Callable[[int], RegionTimes]:
-        """The regions of an inference on one of several batches, between CUDA events on PyTorch's current stream.
+    def region_timed(self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait) -> Callable[[int], Unread]:
+        """The regions of an inference on one of several batches, between CUDA events on the runner's own stream.
 
-        With transfers every batch is in page-locked memory, and copied to tensors that all of them share; bringing
-        outputs back to the FP32 model's dtypes, which is done on the device, counts as copying out. Without, every batch
-        lies on the device.
+        With transfers every batch is in page-locked memory, and copied to tensors that all of them share, as are the
+        page-locked arrays that outputs are copied to; bringing outputs back to the FP32 model's dtypes, which is done on
+        the device, counts as copying out. Without, every batch lies on the device. What makes the stream the current one
+        is in the host's time, and what makes it the last one's again is done while the GPU works.
 
         Raises:
             RunError: As `run`, or the batches differ in shape.
@@ -217,35 +226,49 @@ class CudaTorchEngineRunner(TorchEngineRunner):
             self._event(blocking=blocking),
             self._event(blocking=blocking),
         )
-        placed = [self._on_device(batch) for batch in (batches[:1] if transfers else batches)]
-        sinks: dict[tuple[Any, ...], Any] = {}
+        awaited = last if transfers else end
+        try:
+            if self._stream is None:
+                self._stream = self._new_stream()
+            stream = self._stream
+            current = self._current(stream)
+            # The weights came to the device on another stream, and this one does not wait for it.
+            self._settle()
+            with current:
+                placed = [self._on_device(batch) for batch in (batches[:1] if transfers else batches)]
+        except RuntimeError as err:
+            raise self._failed(err) from err
+        sinks: dict[str, Any] = {}
 
-        def measured(index: int) -> RegionTimes:
+        def launched(index: int) -> int:
             function = self._open_function()
             tensors = placed[0 if transfers else index]
-            if transfers:
-                first.record()
-                for tensor, source in zip(tensors, batches[index], strict=True):
-                    tensor.copy_(source, non_blocking=True)
-            start.record()
-            before = perf_counter_ns()
-            result = self._called(function, tensors)
-            enqueue = perf_counter_ns() - before
-            end.record()
-            if transfers:
-                for name, value in self._widened(result).items():
-                    key = (name, value.dtype, value.shape)
-                    if key not in sinks:
-                        sinks[key] = self._page_locked(value)
-                    sinks[key].copy_(value, non_blocking=True)
-                last.record()
-            return region_times(_elapsed_ns, events, enqueue=enqueue, transfers=transfers)
+            with current:
+                if transfers:
+                    first.record(stream)
+                    for tensor, source in zip(tensors, batches[index], strict=True):
+                        tensor.copy_(source, non_blocking=True)
+                start.record(stream)
+                before = perf_counter_ns()
+                result = self._called(function, tensors)
+                enqueue = perf_counter_ns() - before
+                end.record(stream)
+                if transfers:
+                    for name, value in self._widened(result).items():
+                        sink = sinks.get(name)
+                        if sink is None or sink.dtype != value.dtype or sink.shape != value.shape:
+                            sink = sinks[name] = self._page_locked(value)
+                        sink.copy_(value, non_blocking=True)
+                    last.record(stream)
+            return enqueue
 
-        def once(index: int) -> RegionTimes:
+        def once(index: int) -> Unread:
             try:
-                return measured(index)
+                unread = unread_regions(self._elapsed_ns, events, enqueue=launched(index), transfers=transfers)
+                awaited.synchronize()
             except RuntimeError as err:
-                raise failure_of(err, where=self._where, error=RunError, doing=f"PyTorch ({self._mode})") from err
+                raise self._failed(err) from err
+            return unread
 
         for index in range(len(batches)):
             once(index)
@@ -262,15 +285,20 @@ class CudaTorchEngineRunner(TorchEngineRunner):
         function = self._open_function()
         tensors = self._on_device(self._host_tensors(feed_dict))
 
-        def waited(*given: Any) -> Any:
-            result = function(*given)
+        try:
+            outputs = self._widened(self._called(function, tensors))
             torch.cuda.synchronize()
-            return result
-
-        return self._widened(self._called(waited, tensors))
+        except RuntimeError as err:
+            raise self._failed(err) from err
+        return outputs
 
     def close(self) -> None:
-        """As on the CPU; and give the device memory back."""
+        """As on the CPU; and give the device memory back, once the runner's stream is done with it."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            # After an error of CUDA this fails again, and there is nothing left to wait for.
+            with contextlib.suppress(RuntimeError):
+                stream.synchronize()
         super().close()
         arithmetic.give_memory_back()
 
@@ -283,6 +311,34 @@ class CudaTorchEngineRunner(TorchEngineRunner):
     def _on_device(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(tensor.to("cuda", non_blocking=True) for tensor in tensors)
 
+    def _elapsed_ns(self, start: Any, end: Any) -> int:
+        """The nanoseconds between two events that are reached."""
+        self._open_function()
+        try:
+            elapsed_ms: float = start.elapsed_time(end)
+        except RuntimeError as err:
+            raise self._failed(err) from err
+        return round(elapsed_ms * _NS_PER_MS)
+
+    def _new_stream(self) -> Any:
+        """A stream that runs beside all others."""
+        import torch
+
+        return torch.cuda.Stream()
+
+    def _current(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """Within, again and again, what PyTorch does in the thread is on that stream."""
+        import torch
+
+        current: contextlib.AbstractContextManager[Any] = torch.cuda.stream(stream)
+        return current
+
+    def _settle(self) -> None:
+        """Wait for all that the device was given."""
+        import torch
+
+        torch.cuda.synchronize()
+
     def _event(self, *, blocking: bool) -> Any:
         """A CUDA event that takes the time; who waits for it sleeps, or spins."""
         import torch
@@ -294,10 +350,3 @@ class CudaTorchEngineRunner(TorchEngineRunner):
         import torch
 
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-
-
-def _elapsed_ns(start: Any, end: Any) -> int:
-    """Wait for the second event; the nanoseconds between both."""
-    end.synchronize()
-    elapsed_ms: float = start.elapsed_time(end)
-    return round(elapsed_ms * _NS_PER_MS)

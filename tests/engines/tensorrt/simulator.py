@@ -58,6 +58,8 @@ class Device:
         self.graphs = {}
         self.next = 1 << 20
         self.now_ns = 0
+        self.reached = -1
+        self.queries = 0
         self.pending = None  # what is being captured
         self.launches = 0
         self.captures = 0
@@ -157,9 +159,15 @@ class SimulatedMemory:
         assert stream in self.on.streams
         self.on.events[event] = self.on.now_ns
 
+    def wait(self, event):
+        self._handle()
+        self.on.slept += event in self.on.blocking
+        self.on.reached = self.on.now_ns
+
     def elapsed_ns(self, start, end):
         self._handle()
-        self.on.slept += end in self.on.blocking
+        self.on.queries += 1
+        assert self.on.events[end] <= self.on.reached, "cudaErrorNotReady"
         return self.on.events[end] - self.on.events[start]
 
     def drop_event(self, event):

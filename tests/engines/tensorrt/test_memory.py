@@ -110,7 +110,10 @@ def test_events_and_graphs_are_made_and_given_back():
         ("cudaEventCreateWithFlags", 1),
     ]
     found.record(event, 11)
+    found.wait(event)
+    assert cuda.calls[-1] == ("cudaEventSynchronize", event)
     assert found.elapsed_ns(event, event) == 1_500_000
+    assert [name for name, *_ in cuda.calls].count("cudaEventSynchronize") == 1
     found.drop_event(event)
     found.begin_capture(11)
     graph = found.end_capture(11)
@@ -189,6 +192,7 @@ def test_gpu_copies_times_and_replays(kind, blocking):
     found.record(start, stream)
     found.to_device(address, pinned, stream)
     found.record(end, stream)
+    found.wait(end)
     assert found.elapsed_ns(start, end) >= 0
     found.begin_capture(stream)
     found.to_host(other, address, stream)

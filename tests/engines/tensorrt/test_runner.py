@@ -264,7 +264,7 @@ def test_copies_and_compute_are_told_apart_and_batches_switch_without_a_new_shap
         before = (device.shapes_set, device.addresses_set, device.captures, set(device.blocks), set(device.pinned))
         copies = device.copies_in, device.copies_out
         for index in (0, 1, 2, 2, 0, 1):
-            times = once(index)
+            times = once(index)()
             assert times == RegionTimes(gpu_compute=1000, enqueue=times.enqueue, h2d=100, d2h=20)
             assert times.enqueue > 0
             np.testing.assert_array_equal(in_y(sim, runner), TURNS[index] @ WEIGHT)
@@ -282,7 +282,7 @@ def test_without_transfers_each_batch_lies_on_the_device_already(sim, cuda_graph
         device = sim.device
         before = (device.shapes_set, device.captures, device.copies_in, device.copies_out, len(device.graphs))
         for index in (0, 1, 2, 2, 0, 1):
-            times = once(index)
+            times = once(index)()
             assert times == RegionTimes(gpu_compute=1000, enqueue=times.enqueue)
             np.testing.assert_array_equal(in_y(sim, runner), TURNS[index] @ WEIGHT)
         assert (device.shapes_set, device.captures, device.copies_in, device.copies_out, len(device.graphs)) == before
@@ -298,7 +298,7 @@ def test_batches_keep_their_turns_when_other_inferences_come_between(sim, cuda_g
         timed = runner.timed({"x": X[1:]})
         for index in (2, 0, 1):
             np.testing.assert_array_equal(runner.run({"x": 7 * X})["y"], 7 * X @ WEIGHT)
-            assert once(index).gpu_compute == 1000
+            assert once(index)().gpu_compute == 1000
             np.testing.assert_array_equal(in_y(sim, runner), TURNS[index] @ WEIGHT)
             timed()
             np.testing.assert_array_equal(in_y(sim, runner, 1), X[1:] @ WEIGHT)
@@ -340,6 +340,23 @@ def test_memory_of_batches_goes_with_the_function(sim, transfers):
         once(0)
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("transfers", [False, True])
+@pytest.mark.parametrize("wait", ["spin", "block"])
+def test_events_are_asked_only_after_the_call_returned(sim, cuda_graph, transfers, wait):
+    with sim.load(cuda_graph=cuda_graph) as runner:
+        once = runner.region_timed([{"x": x} for x in TURNS], transfers=transfers, wait=wait)
+        assert sim.device.queries == 0
+        unread = once(1)
+        assert sim.device.queries == 0
+        assert sim.device.reached == sim.device.now_ns
+        times = unread()
+        assert sim.device.queries == (3 if transfers else 1)
+        assert unread() == times
+    with pytest.raises(RunError, match="the runner is closed"):
+        unread()
+
+
 def test_host_sleeps_only_where_it_is_asked_to_block(sim):
     with sim.load() as runner:
         spin = runner.region_timed([{"x": X}], transfers=True, wait="spin")
@@ -347,7 +364,7 @@ def test_host_sleeps_only_where_it_is_asked_to_block(sim):
         sim.device.slept = 0
         spin(0)
         assert sim.device.slept == 0
-        assert block(0).gpu_compute == 1000
+        assert block(0)().gpu_compute == 1000
         assert sim.device.slept > 0
         events = len(sim.device.events)
         runner.region_timed([{"x": X}], transfers=False, wait="block")
@@ -370,7 +387,7 @@ def test_outputs_whose_shape_depends_on_values_are_copied_as_they_come(sim, tran
     with sim.load(outputs=("y", "kept")) as runner:
         once = runner.region_timed([{"x": x} for x in TURNS], transfers=transfers, wait="spin")
         for index in (1, 0, 2, 1):
-            times = once(index)
+            times = once(index)()
             assert times.d2h == (20 if transfers else None)
     assert sim.device.is_clean
 
@@ -717,17 +734,17 @@ def test_gpu_regions_of_batches_in_turn(tmp_path, cuda_graph):
         for wait in ("spin", "block"):
             once = runner.region_timed(feeds, transfers=True, wait=wait)
             for turn in range(20):
-                times = once(turn % 4)
+                times = once(turn % 4)()
                 assert min(times.h2d, times.gpu_compute, times.d2h, times.enqueue) > 0
                 np.testing.assert_allclose(runner._bound.outputs["y"], batches[turn % 4] @ WEIGHT, rtol=1e-5, atol=1e-5)
         once = runner.region_timed(feeds, transfers=False, wait="spin")
         for turn in range(8):
-            times = once(turn % 4)
+            times = once(turn % 4)()
             assert min(times.gpu_compute, times.enqueue) > 0
             assert (times.h2d, times.d2h) == (None, None)
             assert runner._context.get_tensor_address("x") == runner._bound.resident["x"]
         alone = np.median([call() for call in [runner.gpu_timed(feeds[0])] * 100])
-        turns = np.median([once(turn % 4).gpu_compute for turn in range(104)][4:])
+        turns = np.median([once(turn % 4)().gpu_compute for turn in range(104)][4:])
         assert turns == pytest.approx(alone, rel=0.1)
         for name, values in runner.run(feeds[1]).items():
             np.testing.assert_array_equal(values, before[name])

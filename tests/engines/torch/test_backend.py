@@ -614,12 +614,12 @@ def test_an_engine_on_the_gpu_answers_as_the_reference_there(tmp_path, mode, pre
         assert call() > 0
         assert isinstance(runner, RegionTimed)
         once = runner.region_timed([images(3), images(3)], transfers=False, wait="spin")
-        pairs = np.array([(call(), once(turn % 2).gpu_compute) for turn in range(300)])
+        pairs = np.array([(call(), once(turn % 2)().gpu_compute) for turn in range(300)])
         alone, turns = np.median(pairs, axis=0)
         assert turns == pytest.approx(alone, rel=0.1)
         for wait in ("spin", "block"):
             once = runner.region_timed([images(3), images(3)], transfers=True, wait=wait)
-            times = once(1)
+            times = once(1)()
             assert min(times.h2d, times.gpu_compute, times.d2h, times.enqueue) > 0
         assert runner.timed(feed)() is None
         assert isinstance(runner, OutputsOnDevice)
