@@ -232,15 +232,13 @@ def test_fewer_samples_than_asked_for_are_no_pass(project: LatencyProject) -> No
         assert text.endswith("raise max_time_s")
 
 
-def test_gpu_that_was_busy_before_decides_no_comparison(
-    project: LatencyProject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_that_was_busy_before_decides_nothing(project: LatencyProject, monkeypatch: pytest.MonkeyPatch) -> None:
     project.write(LATENCY + "  max_time_s = 5.0\n", rival=True)
     project.fault(monkeypatch, "busy GPU", ",".join(map(str, range(1, 21))))
     outcome = project.sealing()
     require_blocked(project, outcome, INCONCLUSIVE)
     found = reasons(outcome)
-    assert {"latency.regression_p50", "latency.speedup"} == set(found)
+    assert {"latency.regression_p50", "latency.speedup", "latency.p50_ms", "latency.throughput"} <= set(found)
     for _, text in found.values():
         assert "the GPU was busy before" in text
         assert "up to 97 %" in text
