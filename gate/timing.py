@@ -193,6 +193,8 @@ def interleave(
     order: Literal[0, 1] = 0,
     before: Callable[[int], None] | None = None,
     between: Callable[[int], None] | None = None,
+    least_s: float = 0.0,
+    most: int = 0,
     max_s: float = math.inf,
     clock: Clock = time.perf_counter_ns,
 ) -> tuple[LegTimes, ...]:
@@ -206,6 +208,9 @@ def interleave(
         order: 0: A B B A, again and again; 1: B A A B.
         before: Called with the engine's index before each leg, outside timed regions.
         between: Likewise after each leg.
+        least_s: Turns go on beyond `kept` until this long is over, all engines and discarded inferences together: a
+            few milliseconds are less than one hiccup of the machine lasts.
+        most: Then no more inferences of each are kept than these.
         max_s: No more turns begin that would end after this long, as those before went. Then fewer inferences are
             kept: the same number of each engine, and of each at least two legs.
         clock: Monotonic, nanoseconds.
@@ -229,9 +234,11 @@ def interleave(
     with _no_collection():
         begin = previous = clock()
         whole = 2 * len(calls)
-        for number, (subject, size) in enumerate(_legs(len(calls), kept=kept, leg=leg, order=order)):
-            if number and number % whole == 0 and (previous - begin) * (1 + whole / number) > max_s * 1e9:
-                break
+        for number, (subject, size) in enumerate(_legs(len(calls), kept=max(kept, most), leg=leg, order=order)):
+            if number and number % whole == 0:
+                enough = number // len(calls) * leg >= kept and previous - begin >= least_s * 1e9
+                if enough or (previous - begin) * (1 + whole / number) > max_s * 1e9:
+                    break
             if before is not None:
                 before(subject)
             previous = timed[subject].leg(calls[subject], size, discard=discard, clock=clock, previous=previous)

@@ -31,8 +31,8 @@ from gate.steps.rivals import engine_subject
 from gate.verdict import Evidence
 
 MOST_ELEMENTS = 4096
-CLOSE = 0.2
-TRIES = 5
+CLOSE = 0.12
+TRIES = 8
 
 
 def main() -> None:
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--slower", type=float, default=5.0, help="percent")
     parser.add_argument("--width", type=int, default=256, help="of the extra node, to begin with")
+    parser.add_argument("--calibration", type=int, default=20, help="sessions in which a width is tried")
     parser.add_argument("--which", choices=("same", "slower", "both"), default="both")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ class Rule:
             extra_node(self.graph, path, width=width)
             engine = msgspec.structs.replace(self.engine, name="slowed", onnx=str(path.resolve()))
             subject = engine_subject(engine, file=self.run.file, made=make_engine(self.run, engine, self.backend))
-            found = self.timed(subject, tolerance=1000.0)
+            found = self.timed(subject, tolerance=1000.0, sessions=self.args.calibration)
             slower = 100.0 * (found.latencies[0].comparisons[0].ratios["p50"].ratio - 1.0)
             print(f"extra node of width {width}: {slower:+.2f} %", flush=True)
             if abs(slower - percent) <= CLOSE * percent:
@@ -93,7 +94,7 @@ class Rule:
             width = next_width(tried, percent)
         raise SystemExit(f"no width makes it {percent} % slower: {tried}")
 
-    def timed(self, subject: Any, *, tolerance: float) -> Timed:
+    def timed(self, subject: Any, *, tolerance: float, sessions: int = LatencySpec().sessions) -> Timed:
         """One decision: is the subject slower than the engine?"""
         engine: EngineSpec = msgspec.structs.replace(
             self.engine,
@@ -101,6 +102,7 @@ class Rule:
                 batch=self.args.batch,
                 timed=self.args.timed,
                 max_time_s=600.0,
+                sessions=sessions,
                 regression=RegressionSpec(against="base", p50=tolerance),
             ),
         )

@@ -188,6 +188,8 @@ class _Session:
         times = interleave(
             calls,
             kept=asked.kept,
+            least_s=asked.least_s,
+            most=asked.most,
             leg=job.leg,
             discard=job.discard,
             order=job.order,

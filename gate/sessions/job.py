@@ -46,12 +46,16 @@ class CellJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         feeds: Safetensors file with the batches in turn: tensor `<index>/<input>`.
         kept: Inferences of each engine that are kept; fewer where the job's `max_s` is over before.
         subjects: Which engines take turns here, by their index in the job: one or two.
+        least_s: With one stream more are kept until they took so long, of all engines together.
+        most: But no more than these.
     """
 
     cell: Cell
     feeds: Path
     kept: int
     subjects: tuple[int, ...]
+    least_s: float = 0.0
+    most: int = 0
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

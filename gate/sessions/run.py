@@ -341,11 +341,13 @@ def _kept(cell: CellTimes, asked: CellJob, job: Job, seconds: float) -> int:
     """How many inferences of each engine there must be: as many as asked for, unless the job's time was over.
 
     Then it is what the first engine has, where that is two legs or more and whole turns. No turn begins that would not
-    end in time, so half of a cell's share of the time is over at the least.
+    end in time, so half of a cell's share of the time is over at the least. Where more are kept, they are whole turns, too.
     """
+    found = len(cell.subjects[0].regions.get("host_wall", ()))
+    if job.streams == 1 and asked.kept < found <= asked.most and (found % (2 * job.leg) == 0 or found == asked.most):
+        return found
     if job.max_s is None or seconds < job.max_s / len(job.cells) / 2.0:
         return asked.kept
-    found = len(cell.subjects[0].regions.get("host_wall", ()))
     if job.streams > 1:
         return found if 2 * job.streams <= found < asked.kept else asked.kept
     return found if 0 < found < asked.kept and found % (2 * job.leg) == 0 else asked.kept

@@ -39,6 +39,13 @@ from gate.verdict import Evidence, Failure, Finding, Status
 LEG = 8
 """Kept inferences of a leg. Source: docs/latency.md."""
 
+LEAST_IN_TURN_S, LEAST_ALONE_S = 0.6, 0.1
+"""How long the inferences of a session take at the least, of two engines in turn together, and of one alone. 200 inferences
+of an engine of 20 us are over in 4 ms, within one hiccup of the machine. Source: docs/adr/0009-latency-in-sessions.md."""
+
+MOST_KEPT = 4000
+"""Inferences of each engine in a session, however short they are, unless a budget needs more: all are kept as evidence."""
+
 _OF_A_SHARE = 0.95
 """How much of its share of the time a session is told to take, so that the last one still fits."""
 
@@ -239,7 +246,7 @@ class _Table:
     def _cell_job(self, index: int, cell: Cell, folder: Path) -> CellJob:
         path = folder / f"feeds-{index}.safetensors"
         write_feeds(path, self.timing.feeds.batches(cell))
-        return CellJob(cell=cell, feeds=path, kept=LEG, subjects=(0,))
+        return CellJob(cell=cell, feeds=path, kept=LEG, subjects=(0,), most=MOST_KEPT)
 
     def _run(self, series: _Series, jobs: Sequence[CellJob], max_time_s: float) -> None:
         """Sessions until every cell is decided, the last look is over, or the time is.
@@ -583,7 +590,8 @@ def _session(timing: Timing, job: Job, timeout_s: float, number: int) -> Session
 
 
 def _with(job: CellJob, kept: int, subjects: int) -> CellJob:
-    return msgspec.structs.replace(job, kept=kept, subjects=tuple(range(subjects)))
+    least_s = LEAST_ALONE_S if subjects == 1 else LEAST_IN_TURN_S
+    return msgspec.structs.replace(job, kept=kept, subjects=tuple(range(subjects)), least_s=least_s)
 
 
 def _sessions(count: int) -> str:
