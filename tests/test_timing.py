@@ -295,6 +295,31 @@ def test_turns_that_would_end_too_late_do_not_begin(max_s, leg, order, engines, 
         assert (clock.now - began) / 1e9 + turn_s > max_s - 1e-6
 
 
+@given(st.floats(0.0, 40.0), st.integers(1, 12), st.sampled_from([0, 1]), st.integers(1, 2), st.integers(0, 3))
+def test_turns_go_on_until_they_took_long_enough_or_are_as_many_as_are_kept(least_s, leg, order, engines, discard):
+    clock, log = Clock(), []
+    began = clock.now
+    calls = [Engine(clock, name, log, takes=10**8) for name in "AB"[:engines]]
+    least, most = 2 * leg, 40 * leg
+    found = interleave(
+        calls, kept=least, leg=leg, discard=discard, order=order, least_s=least_s, most=most, clock=clock
+    )
+    (number,) = {len(each.regions["host_wall"]) for each in found}
+    took_s, turn_s = (clock.now - began) / 1e9, 2 * engines * (leg + discard) * 0.1
+    assert least <= number <= most
+    assert number % (2 * leg) == 0
+    assert number == most or took_s >= least_s - 1e-6
+    assert number == least or took_s - turn_s < least_s + 1e-6
+
+
+def test_turns_end_in_time_although_they_were_to_take_longer():
+    clock = Clock()
+    (found,) = interleave(
+        [Engine(clock, "A", [], takes=10**8)], kept=8, leg=2, discard=0, least_s=60.0, most=1000, max_s=2.0, clock=clock
+    )
+    assert 8 < len(found.regions["host_wall"]) <= 20
+
+
 def test_streams_keep_two_each_when_their_time_is_over():
     found = concurrent(
         [lambda _: time.sleep(0.001)] * 2, kept=5000, discard=1, warm_up_s=0, warm_up_calls=1, max_s=-1.0

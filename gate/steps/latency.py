@@ -39,7 +39,7 @@ from gate.verdict import Evidence, Failure, Finding, Status
 LEG = 8
 """Kept inferences of a leg. Source: docs/latency.md."""
 
-LEAST_IN_TURN_S, LEAST_ALONE_S = 0.6, 0.1
+LEAST_IN_TURN_S, LEAST_ALONE_S = 1.2, 0.1
 """How long the inferences of a session take at the least, of two engines in turn together, and of one alone. 200 inferences
 of an engine of 20 us are over in 4 ms, within one hiccup of the machine. Source: docs/adr/0009-latency-in-sessions.md."""
 

@@ -487,6 +487,30 @@ def test_session_keeps_fewer_when_its_time_is_over(project):
     assert [len(each.regions["host_wall"]) for each in times.subjects] == [16, 16]
 
 
+def test_short_engines_are_timed_for_longer(project):
+    both = project.job(project.ort("A"), project.ort("B"))
+    cell = msgspec.structs.replace(project.cell(subjects=(0, 1), kept=16), least_s=0.3, most=100_000)
+    (times,) = run_session(msgspec.structs.replace(both, cells=(cell,)), timeout_s=LIMIT_S).cells
+    a, b = (len(each.regions["host_wall"]) for each in times.subjects)
+    assert a == b > 16
+    assert max(each.span_ns for each in times.subjects) > 0.2e9
+
+
+@pytest.mark.parametrize(
+    ("most", "kept", "taken"), [(80, 48, True), (75, 75, True), (80, 50, False), (40, 48, False), (0, 48, False)]
+)
+def test_more_inferences_than_asked_are_taken_only_in_whole_turns_and_up_to_the_most(answers, most, kept, taken):
+    (cell,) = answers.job.cells
+    cell = msgspec.structs.replace(cell, kept=40, least_s=1.0, most=most)
+    job = msgspec.structs.replace(answers.job, cells=(cell,), leg=8)
+    times = answers.with_subject(regions={"host_wall": (5,) * kept}, leg=8, span_ns=1000)
+    if taken:
+        assert times_from_bytes(msgspec.json.encode(times), job, seconds=5.0) == times
+    else:
+        with pytest.raises(MeasurementError, match=f"{kept} inferences of 40"):
+            times_from_bytes(msgspec.json.encode(times), job, seconds=5.0)
+
+
 def test_cells_share_the_time_of_a_session(project):
     cells = tuple(project.cell(batch=batch, kept=10**7) for batch in (1, 8))
     job = project.job(project.ort(), cells=cells, max_s=2.0)
