@@ -164,7 +164,7 @@ ab() {
   [ -d "$out/recordings/resnet50" ] ||
     with_torch -m gate record examples/resnet50/tensorrt.gate.toml --cache "$out/cache" -o "$out/recordings/resnet50"
   gpu 0 ab_of with_trt tensorrt trt-fp16 same 0
-  gpu 1 ab_of with_trt tensorrt trt-fp16 slower 4096
+  gpu 1 ab_of with_trt tensorrt trt-fp16 slower 8192
   gpu 2 ab_of with_torch pytorch ort-cuda-tf32 same 0
   gpu 3 ab_of with_torch pytorch ort-cuda-tf32 slower 12000
   wait

@@ -71,7 +71,9 @@ class Rule:
         self.run.open_reference()
         engine = file.engine(args.engine)
         self.backend: Backend = backend_named(engine.backend)
-        self.graph = lowered_graph(self.run, engine, exported_graph(self.run)).path
+        exported = exported_graph(self.run)
+        from_exported = self.backend.origin(engine) == "exported"
+        self.graph = exported.path if from_exported else lowered_graph(self.run, engine, exported).path
         self.engine = msgspec.structs.replace(engine, onnx=str(self.graph))
         began = time.monotonic()
         self.base = engine_subject(self.engine, file=file, made=make_engine(self.run, self.engine, self.backend))
