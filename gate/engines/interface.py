@@ -177,22 +177,6 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-@runtime_checkable
-class GpuTimed(Protocol):
-    """A runner on a GPU that can time the engine alone."""
-
-    def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
-        """A call that runs one inference on inputs that lie on the device, and returns its time there.
-
-        Returns:
-            A function that returns the nanoseconds between two CUDA events around the engine, without the copies.
-
-        Raises:
-            RunError: As `Runner.run`.
-        """
-        ...
-
-
 Wait = Literal["spin", "block"]
 
 

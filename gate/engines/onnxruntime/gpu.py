@@ -186,22 +186,6 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
         self._share_outputs(binding)
         return once
 
-    def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
-        """One inference on inputs that lie on the device, to outputs that stay there, between two CUDA events.
-
-        The events are on the stream that the provider runs on. What it computes on the host between two kernels, and
-        waits for, is in the time.
-
-        Returns:
-            A function that runs one inference and returns its nanoseconds on the device.
-
-        Raises:
-            RunError: As `run`.
-            BackendUnavailable: No library for CUDA events is installed.
-        """
-        once = self.region_timed([feed_dict], transfers=False, wait="spin")
-        return lambda: once(0)().gpu_compute
-
     def region_timed(self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait) -> Callable[[int], Unread]:
         """The regions of an inference on one of several batches, between CUDA events on the stream that the provider runs on.
 

@@ -162,18 +162,6 @@ class TensorRTRunner:
         once()
         return once
 
-    def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
-        """The engine alone, or the launch of its graph, between two CUDA events; the inputs lie on the device already.
-
-        Returns:
-            A function that runs one inference and returns its nanoseconds on the device.
-
-        Raises:
-            RunError: As `run`.
-        """
-        once = self.region_timed([feed_dict], transfers=False, wait="spin")
-        return lambda: once(0)().gpu_compute
-
     def region_timed(self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait) -> Callable[[int], Unread]:
         """The regions of an inference on one of several batches, between CUDA events on the runner's stream.
 

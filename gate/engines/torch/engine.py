@@ -196,15 +196,6 @@ class CudaTorchEngineRunner(TorchEngineRunner):
 
     _stream: Any = None
 
-    def gpu_timed(self, feed_dict: NamedArrays) -> Callable[[], int]:
-        """One inference on inputs that lie on the device: nanoseconds between two CUDA events around the engine.
-
-        Raises:
-            RunError: As `run`.
-        """
-        once = self.region_timed([feed_dict], transfers=False, wait="spin")
-        return lambda: once(0)().gpu_compute
-
     def region_timed(self, feeds: Sequence[NamedArrays], *, transfers: bool, wait: Wait) -> Callable[[int], Unread]:
         """The regions of an inference on one of several batches, between CUDA events on the runner's own stream.
 

@@ -10,13 +10,20 @@ from onnx import TensorProto, helper, numpy_helper, save_model
 
 from gate.compare_on_device import has_cuda, host_array
 from gate.engines import backend
-from gate.engines.interface import GpuTimed, OutputsOnDevice, RegionTimed, RegionTimes, Renewable
+from gate.engines.interface import OutputsOnDevice, RegionTimed, RegionTimes, Renewable
 from gate.engines.tensorrt.loaded import LoadedPlan
 from gate.engines.tensorrt.runner import TensorRTRunner
 from gate.errors import BackendUnavailable, IncompatibleEngine, RunError
 from gate.spec import GateSpec
 from gate.verdict import Evidence
 from tests.engines.tensorrt.simulator import WEIGHT, Device, SimulatedMemory, SimulatedTrt, simulated_plan
+
+
+def engine_alone(runner, feed):
+    """A call that gives the nanoseconds of the engine alone, its inputs on the device."""
+    once = runner.region_timed([feed], transfers=False, wait="spin")
+    return lambda: once(0)().gpu_compute
+
 
 X = np.array([[1, 2, 3], [-4, -5, -6]], np.float32)
 
@@ -90,7 +97,7 @@ def test_outputs_are_computed_and_belong_to_the_caller(sim):
 def test_everything_is_freed_and_closing_twice_is_harmless(sim):
     runner = sim.load(outputs=("y", "kept"))
     runner.run({"x": X})
-    runner.gpu_timed({"x": X})()
+    engine_alone(runner, {"x": X})()
     runner.close()
     runner.close()
     assert sim.device.is_clean
@@ -112,7 +119,7 @@ def test_buffers_are_kept_while_they_are_large_enough_and_grown_when_not(sim):
 
 def test_closed_runner_says_so(sim):
     runner = sim.load()
-    once, timed = runner.timed({"x": X}), runner.gpu_timed({"x": X})
+    once, timed = runner.timed({"x": X}), engine_alone(runner, {"x": X})
     runner.close()
     for call in (lambda: runner.run({"x": X}), once, timed, runner.fresh, lambda: runner.run_on_device({})):
         with pytest.raises(RunError, match="the runner is closed"):
@@ -228,8 +235,8 @@ def test_fresh_runner_of_tensorrt_8_loads_the_plan_again(sim):
 
 def test_gpu_time_is_of_the_engine_alone(sim):
     with sim.load() as runner:
-        assert isinstance(runner, GpuTimed)
-        call = runner.gpu_timed({"x": X})
+        assert isinstance(runner, RegionTimed)
+        call = engine_alone(runner, {"x": X})
         copies = sim.device.copies_in
         assert [call(), call(), call()] == [1000, 1000, 1000]
         assert sim.device.copies_in == copies
@@ -238,7 +245,7 @@ def test_gpu_time_is_of_the_engine_alone(sim):
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_timed_calls_keep_their_own_inputs_when_they_alternate(sim, cuda_graph):
     with sim.load(cuda_graph=cuda_graph, profiles=((1, 1, 1), (2, 2, 4))) as runner:
-        one, two = runner.timed({"x": X}), runner.gpu_timed({"x": X[:1]})
+        one, two = runner.timed({"x": X}), engine_alone(runner, {"x": X[:1]})
         runner.run({"x": np.ones((4, 3), np.float32)})
         for call, rows in ((one, 2), (two, 1), (one, 2), (one, 2), (two, 1)):
             call()
@@ -666,7 +673,7 @@ def test_gpu_replays_a_cuda_graph_with_new_inputs(tmp_path):
             x = np.random.default_rng(rows).standard_normal((rows, 3)).astype(np.float32)
             np.testing.assert_allclose(runner.run({"x": x})["y"], x @ WEIGHT, rtol=1e-5, atol=1e-6)
             assert runner._graph is not None
-        assert runner.gpu_timed({"x": X})() > 0
+        assert engine_alone(runner, {"x": X})() > 0
 
 
 @pytest.mark.gpu
@@ -691,8 +698,8 @@ def test_gpu_fresh_runner_gives_what_a_used_one_gives_and_outlives_it(tmp_path):
 @pytest.mark.gpu
 def test_gpu_time_is_positive_and_within_the_time_with_copies(tmp_path):
     with opened(*built(tmp_path)) as runner:
-        gpu_timed, timed = runner.gpu_timed({"x": X}), runner.timed({"x": X})
-        own = sorted(gpu_timed() for _ in range(20))[10]
+        alone, timed = engine_alone(runner, {"x": X}), runner.timed({"x": X})
+        own = sorted(alone() for _ in range(20))[10]
         wall = []
         for _ in range(20):
             start = time.perf_counter_ns()
@@ -743,7 +750,7 @@ def test_gpu_regions_of_batches_in_turn(tmp_path, cuda_graph):
             assert min(times.gpu_compute, times.enqueue) > 0
             assert (times.h2d, times.d2h) == (None, None)
             assert runner._context.get_tensor_address("x") == runner._bound.resident["x"]
-        alone = np.median([call() for call in [runner.gpu_timed(feeds[0])] * 100])
+        alone = np.median([call() for call in [engine_alone(runner, feeds[0])] * 100])
         turns = np.median([once(turn % 4)().gpu_compute for turn in range(104)][4:])
         assert turns == pytest.approx(alone, rel=0.1)
         for name, values in runner.run(feeds[1]).items():
