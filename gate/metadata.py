@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ import numpy as np
 from gate.engines.interface import BuildRecord, CalibrationRecord, LoweringRecord
 from gate.errors import BundleError, MeasurementError, VerificationError
 from gate.latency.bounds import equal_parts, percentile_bounds, throughput_bounds, throughput_of
-from gate.latency.config import PERCENTILES, Cell
+from gate.latency.config import PERCENTILES, Cell, LatencySpec, timed_tables
 from gate.latency.measurement import Region
 from gate.latency.ratio import (
     LEAST_KEPT,
@@ -517,8 +517,8 @@ def contradictions(metadata: Metadata, latency: LatencyEvidence | None) -> Itera
                 yield f"task.{name} is {count}, which its bits do not hold"
     if bool(metadata.latency) != (latency is not None):
         yield "latency and its raw numbers do not come together"
-    elif latency is not None:
-        yield from _latency_contradictions(metadata.latency, latency, findings)
+    else:
+        yield from _latency_contradictions(metadata.latency, latency or LatencyEvidence(cells=()), findings)
 
 
 def _score_contradictions(scores: TaskValues, findings: Sequence[Finding]) -> Iterator[str]:
@@ -579,6 +579,44 @@ def _latency_contradictions(
                 yield f"{each.check}{what} is {got:.6g}, {LATENCY_PATH} gives {value:.6g}"
 
 
+def asked_otherwise(
+    summaries: Sequence[LatencySummary], tables: LatencySpec | Sequence[LatencySpec] | None
+) -> Iterator[str]:
+    """What was timed, or in turn with what, and is not what the spec asks for.
+
+    Args:
+        summaries: What is said.
+        tables: Of the spec.
+    """
+    timed = {cell.name: (table.spec, cell) for table in timed_tables(tables) for cell in table.cells}
+    if list(timed) != [each.name for each in summaries]:
+        yield f"asks for latency at {_names(timed)}, the metadata has {_names(each.name for each in summaries)}"
+        return
+    for each in summaries:
+        spec, cell = timed[each.name]
+        label = f"latency{f'[{each.name}]' if each.name else ''}"
+        pairs: dict[str, tuple[object, object]] = {
+            "batch": (cell.batch, each.batch),
+            "axes": (dict(cell.axes), each.axes),
+            "timed": (spec.timed, each.timed),
+            "wait": (spec.wait, each.wait),
+            "streams": (spec.streams, each.streams),
+            "transfers": (spec.copies and "h2d" in each.regions, each.transfers),
+        }
+        for name, (wanted, got) in pairs.items():
+            if wanted != got:
+                yield f"asks for {label} with {name} = {wanted}, the metadata has {got}"
+        if each.sessions < spec.sessions:
+            yield f"asks for {label} of {spec.sessions} sessions, the metadata has {each.sessions}"
+        wanted_checks = {against: spec.checks_against(against, cell) for against in spec.rivals}
+        if {one.against: one.checks for one in each.comparisons} != wanted_checks:
+            yield f"asks for {label} against {_names(wanted_checks)}, the metadata has others or other checks"
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(name or "one size" for name in names) or "nothing"
+
+
 class _Again(NamedTuple):
     """A finding computed again."""
 
@@ -600,10 +638,10 @@ def _recomputed(
     said: dict[str, float] = {}
     found: dict[str, _Again] = {}
     for key, p in PERCENTILES.items():
-        said[key] = nearest_rank(pooled, p) / 1e6
         equal, bounds = equal_parts(raw.sessions), percentile_bounds(raw.sessions, p)
+        said[key] = nearest_rank(equal, p) / 1e6
         interval = Interval(max(0.0, bounds.lower / 1e6), bounds.upper / 1e6)
-        found[cell.check(f"latency.{key}")] = _Again(nearest_rank(equal, p) / 1e6, interval, len(equal))
+        found[cell.check(f"latency.{key}")] = _Again(said[key], interval, len(equal))
     said["max_ms"] = int(pooled[-1]) / 1e6
     said["mean_ms"] = int(pooled.sum()) / len(pooled) / 1e6
     said["n"] = len(pooled)

@@ -44,6 +44,7 @@ from gate.metadata import (
     METADATA_PATH,
     LatencyEvidence,
     Metadata,
+    asked_otherwise,
     contradictions,
     latency_evidence,
     latency_from_bytes,
@@ -505,12 +506,18 @@ class _Verification:
         return ", ".join(looked)
 
     def latency_limits(self) -> None:
-        """The latency findings are those that the spec asks for, with its limits; what never ran has none."""
+        """The latency findings are those that the spec asks for, with its limits, of what it says is timed.
+
+        What never ran has none.
+        """
         if self.metadata.verdict.evidence is Evidence.PREFLIGHT and not self.metadata.latency:
             return
         where = self.where(SPEC_PATH)
         try:
-            asked = latency_limits(latency_tables_of(self.contents[SPEC_PATH], self.metadata.engine))
+            tables = latency_tables_of(self.contents[SPEC_PATH], self.metadata.engine)
+            asked = latency_limits(tables)
+            for message in asked_otherwise(self.metadata.latency, tables):
+                raise VerificationError(message, where=where)
         except SpecError as err:
             raise VerificationError(err.message, where=where) from err
         said = {

@@ -326,6 +326,35 @@ def test_a_budget_that_was_left_out_is_missed_although_every_digest_holds(bundle
         verify(bundle)
 
 
+def test_latencies_whose_evidence_was_taken_away_are_not_believed(bundle):
+    edit(bundle, METADATA, "latency", value=[])
+    edit(bundle, METADATA, "verdict", "findings", 2, "estimate", value=0.001)
+    (bundle / LATENCY).unlink()
+    reseal(bundle)
+    with pytest.raises(VerificationError, match=r"latency\.p99_ms is of no latency in the metadata"):
+        verify(bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("timed", "gpu_compute"), ("wait", "block"), ("transfers", True), ("axes", {"h": 3})],
+)
+def test_what_was_timed_is_what_the_spec_asks_for(bundle, key, value):
+    edit(bundle, METADATA, "latency", 0, key, value=value)
+    reseal(bundle)
+    with pytest.raises(VerificationError, match=f"asks for latency with {key} = "):
+        verify(bundle)
+
+
+def test_throughput_of_another_batch_size_is_refused_although_all_numbers_agree(bundle):
+    said = json.loads((bundle / METADATA).read_bytes())["latency"][0]["throughput"]
+    edit(bundle, METADATA, "latency", 0, "batch", value=64)
+    edit(bundle, METADATA, "latency", 0, "throughput", value=64 * said)
+    reseal(bundle)
+    with pytest.raises(VerificationError, match="asks for latency with batch = 1, the metadata has 64"):
+        verify(bundle)
+
+
 def test_edited_baseline_is_refused_although_every_digest_holds(bundle):
     edit(bundle, "baseline/baseline.json", "task", "top1", value=90)
     reseal(bundle)
@@ -573,6 +602,16 @@ def test_edited_comparisons_are_refused_although_every_digest_holds(compared_bun
     edit(compared_bundle, METADATA, *path, value=value)
     reseal(compared_bundle)
     with pytest.raises(VerificationError, match=message):
+        verify(compared_bundle)
+
+
+def test_a_comparison_with_another_engine_than_the_spec_asks_for_is_refused(compared_bundle):
+    edit(compared_bundle, METADATA, "latency", 0, "comparisons", 0, "against", value="itself")
+    resealed(
+        compared_bundle,
+        lambda raw: raw["cells"][0].update(comparisons={"itself": raw["cells"][0]["comparisons"]["baseline"]}),
+    )
+    with pytest.raises(VerificationError, match="asks for latency against baseline, the metadata has others"):
         verify(compared_bundle)
 
 

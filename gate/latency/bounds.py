@@ -18,10 +18,17 @@ from gate.statistics import mean_interval, percentile_interval
 from gate.verdict import Interval
 
 HELD_BY_SESSION = (0.5, 0.9, 0.95)
-"""Percentiles that a session's few hundred inferences tell, so that sessions can be the sample. At p99 they have a
-handful of inferences above it.
+"""Percentiles that a session's few hundred inferences tell, so that sessions can be the sample.
 
 Source: python -m benchmarks.latency_rule --budgets; docs/evidence/2026-11-21-latency-rule.md."""
+
+LEAST_ABOVE = 10
+"""Inferences above a percentile from which on a session tells it: 10 of 1,000 are above p99."""
+
+
+def held_by_session(sessions: Sequence[Sequence[int]], p: float) -> bool:
+    """Whether sessions are the sample for a percentile, too."""
+    return p in HELD_BY_SESSION or (1.0 - p) * min(map(len, sessions)) >= LEAST_ABOVE
 
 
 def equal_parts(sessions: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
@@ -47,8 +54,9 @@ def percentile_bounds(sessions: Sequence[Sequence[int]], p: float) -> Interval:
     """Bounds of a percentile, in nanoseconds; a side that the sessions cannot bound is infinite.
 
     MLPerf LoadGen's binomial bound at 99 % over the inferences of all sessions, in equal parts. It takes them for
-    independent, and inferences of one process are not. So up to p95 the bounds of the sessions' own percentiles, as
-    those of ratios in `gate.latency.ratio`, hold as well; of the two the wider one counts, on each side.
+    independent, and inferences of one process are not. So where sessions have percentiles of their own, up to p95 and
+    beyond where each has 10 inferences above it, the bounds of those, as of ratios in `gate.latency.ratio`, hold as well;
+    of the two the wider one counts, on each side.
 
     Args:
         sessions: Nanoseconds by session. Fewer than 5 bound nothing.
@@ -63,7 +71,7 @@ def percentile_bounds(sessions: Sequence[Sequence[int]], p: float) -> Interval:
     if len(sessions) < SESSIONS:
         return Interval(-math.inf, math.inf)
     bounds = percentile_interval(pooled, p)
-    if p not in HELD_BY_SESSION:
+    if not held_by_session(sessions, p):
         return bounds
     own = estimate([math.log(nearest_rank(each, p)) for each in sessions]).interval
     return Interval(min(bounds.lower, own.lower), max(bounds.upper, own.upper))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gate.errors import MeasurementError
-from gate.latency.bounds import HELD_BY_SESSION, equal_parts, percentile_bounds, throughput_bounds, throughput_of
+from gate.latency.bounds import equal_parts, held_by_session, percentile_bounds, throughput_bounds, throughput_of
 from gate.latency.config import PERCENTILES, Cell, LatencySpec, SpeedupSpec
 from gate.latency.measurement import LEAST_NS, REGIONS, Region, SessionTimes, SubjectTimes
 from gate.latency.ratio import LOOKS, RatioEstimate, durations_from, nearest_rank
@@ -21,8 +21,8 @@ from gate.verdict import Evidence, Finding, Interval, Limit, Status
 LEAST_PER_SESSION = 200
 """Inferences of a session that are kept where the spec does not say how many of all."""
 
-MOST_SAMPLES = 12_000
-"""Inferences after which a budget that is not decided stays INCONCLUSIVE. Source: docs/latency.md."""
+LATER_SAMPLES = 12_000
+"""Inferences that 20 sessions keep at the least, from the second look on. Source: docs/latency.md."""
 
 HINT = "docs/findings.md#latency"
 
@@ -49,7 +49,9 @@ def summarise(
     cuda_graph: bool = False,
     notes: tuple[str, ...] = (),
 ) -> LatencyMetrics:
-    """The metrics of an engine's inferences in several sessions, pooled; percentiles are nearest-rank.
+    """The metrics of an engine's inferences in several sessions, pooled.
+
+    Percentiles are nearest-rank, over as many inferences of each session (`gate.latency.bounds.equal_parts`).
 
     Args:
         sessions: The engine's part of each session.
@@ -72,7 +74,7 @@ def summarise(
             hint='Leave timed out, which is "host_wall".' if spec.timed != "host_wall" else None,
         )
     durations = regions[spec.timed]
-    ordered = np.sort(durations)
+    ordered = np.sort(equal_parts([each.regions[spec.timed] for each in sessions]))
     mean_ns = int(durations.sum()) / len(durations)
     return LatencyMetrics(
         name=cell.name,
@@ -92,7 +94,7 @@ def summarise(
         p95_ms=_rank_ms(ordered, 0.95),
         p99_ms=_rank_ms(ordered, 0.99),
         p99_9_ms=_rank_ms(ordered, 0.999),
-        max_ms=int(ordered[-1]) / 1e6,
+        max_ms=int(durations.max()) / 1e6,
         throughput=float(np.mean(throughputs(sessions, cell=cell, spec=spec))),
         clock=clock,
         regions={name: _region(values) for name, values in regions.items()},
@@ -258,10 +260,12 @@ def _percentile(
         least = least_samples(p)
         own = sorted(nearest_rank(each, p) / 1e6 for each in sessions)
         if n < least:
-            detail = f"{name} needs at least {least} samples, has {n}; raise samples or max_time_s"
+            shortest = min(map(len, sessions))
+            cut = f", as many of each session as the shortest has, {shortest}" if n < sum(map(len, sessions)) else ""
+            detail = f"{name} needs at least {least} samples, has {n}{cut}; raise samples or max_time_s"
         elif few:
             detail = f"{name} needs more processes, has {_sessions(len(sessions))}; raise max_time_s"
-        elif p in HELD_BY_SESSION:
+        elif held_by_session(sessions, p):
             detail = (
                 f"{over} of {n} inferences are over the budget, {name} of the {_sessions(len(sessions))} is "
                 f"{own[0]:.4g} to {own[-1]:.4g} ms; more sessions would decide"

@@ -136,6 +136,15 @@ class LatencySpec(_Table, frozen=True):
         asked = [each.against for each in (self.regression, self.speedup) if each is not None]
         return tuple(dict.fromkeys(asked))
 
+    def checks_against(self, against: str, cell: Cell) -> tuple[str, ...]:
+        """Names of the checks of one cell that rest on being timed in turn with another engine."""
+        found = []
+        if self.regression is not None and self.regression.against == against:
+            found += [cell.check(f"latency.regression_{each}") for each in self.regression.limits]
+        if self.speedup is not None and self.speedup.against == against:
+            found.append(cell.check("latency.speedup"))
+        return tuple(found)
+
 
 class Cell(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One batch size and shape of a table.

@@ -132,8 +132,10 @@ def budget_doubts(sessions: Sequence[SessionTimes], cell: int, *, subject: int =
 
 
 def usage_doubts(sessions: Sequence[SessionTimes]) -> tuple[str, ...]:
-    """Why what the driver says of the whole GPU may be another process's: it was busy before a session."""
-    return tuple(_busy(sessions))
+    """Why what the driver says of the whole GPU may be another process's, which was there before or came."""
+    came = sum(any(each.others for each in session.usage) for session in sessions)
+    doubts = [f"another process came to the GPU in {came} of {len(sessions)} sessions"] if came else []
+    return (*doubts, *_busy(sessions))
 
 
 def missing_readings(sessions: Sequence[SessionTimes], cell: int) -> tuple[str, ...]:
@@ -261,10 +263,13 @@ def _drift_doubts(subjects: Sequence[SubjectTimes], letter: str, margin: float, 
         durations = np.asarray(subject.regions[region])
         odd = (np.arange(len(durations)) // (2 * subject.leg)) % 2 == 1
         if not odd.any():
-            legs = math.ceil(len(durations) / subject.leg)
-            return [f"{letter} against itself takes at least 3 legs, session {number} has {legs}"]
+            continue
         at_p.append(log_ratio(durations[odd], durations[~odd], p))
         at_median.append(log_ratio(durations[odd], durations[~odd], 0.5))
+    if len(at_p) < LOOKS[0]:
+        return [
+            f"{letter} against itself takes {LOOKS[0]} sessions of 3 legs or more, {len(at_p)} have them; raise max_time_s"
+        ]
     spread, found = estimate(at_median).interval, estimate(at_p)
     half = (math.log(spread.upper) - math.log(spread.lower)) / 2.0 / math.sqrt(2.0)
     doubts = []

@@ -74,6 +74,7 @@ class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         power_w: Mean: energy / seconds, else the mean of readings.
         gpu_percent: Mean share of the time in which a kernel ran.
         cpu_percent: CPU time of the process / wall time; 100 is one core.
+        others: The most processes of others on the GPU meanwhile that were not there before the session.
     """
 
     seconds: float
@@ -82,6 +83,7 @@ class Usage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     power_w: float | None = None
     gpu_percent: float | None = None
     cpu_percent: float | None = None
+    others: int | None = None
 
 
 class MemoryUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -151,6 +151,7 @@ def measured_usage(
         raise MeasurementError(f"usage is measured over a time above 0 s, got {seconds:g} s")
     powers: list[float | None] = []
     shares: list[float | None] = []
+    others: list[int | None] = []
     inferences = 0
     energy_before = None if watch is None else watch.energy_mj()
     cpu_begin, begin = cpu_clock(), clock()
@@ -163,6 +164,7 @@ def measured_usage(
         if watch is not None and now >= next_look:
             powers.append(watch.power_w())
             shares.append(watch.busy_percent())
+            others.append(watch.others())
             next_look = now + LOOK_S
     energy_after = None if watch is None else watch.energy_mj()
     cpu_s, wall_s = cpu_clock() - cpu_begin, clock() - begin
@@ -173,6 +175,7 @@ def measured_usage(
     if energy_before is not None and energy_after is not None and energy_after > energy_before:
         energy = energy_after - energy_before
     return Usage(
+        others=max((each for each in others if each is not None), default=None),
         seconds=wall_s,
         inferences=inferences,
         energy_mj=energy,

@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 
 from gate.errors import GateError, MeasurementError
+from gate.latency.bounds import equal_parts
 from gate.latency.budgets import (
-    MOST_SAMPLES,
+    LATER_SAMPLES,
     budget_findings,
     clock_of,
     doubted,
@@ -45,6 +46,9 @@ of an engine of 20 us are over in 4 ms, within one hiccup of the machine. Source
 
 MOST_KEPT = 4000
 """Inferences of each engine in a session, however short they are, unless a budget needs more: all are kept as evidence."""
+
+_WHOLE_PARTS = 8
+"""Cells, for each rival, from which on they keep fewer, so that the evidence stays below what a bundle may hold."""
 
 _OF_A_SHARE = 0.95
 """How much of its share of the time a session is told to take, so that the last one still fits."""
@@ -231,13 +235,7 @@ class _Table:
 
     def _checks_against(self, name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
         """Checks of some cells that need one rival."""
-        found = []
-        for cell in cells:
-            if self.spec.regression is not None and self.spec.regression.against == name:
-                found += [cell.check(f"latency.regression_{each}") for each in self.spec.regression.limits]
-            if self.spec.speedup is not None and self.spec.speedup.against == name:
-                found.append(cell.check("latency.speedup"))
-        return tuple(found)
+        return tuple(check for cell in cells for check in self.spec.checks_against(name, cell))
 
     def _budget_checks(self, cell: Cell) -> tuple[str, ...]:
         """Checks of a cell that need no rival."""
@@ -246,7 +244,9 @@ class _Table:
     def _cell_job(self, index: int, cell: Cell, folder: Path) -> CellJob:
         path = folder / f"feeds-{index}.safetensors"
         write_feeds(path, self.timing.feeds.batches(cell))
-        return CellJob(cell=cell, feeds=path, kept=LEG, subjects=(0,), most=MOST_KEPT)
+        parts = len(self.table.cells) * max(len(self.spec.rivals), 1)
+        most = MOST_KEPT * _WHOLE_PARTS // max(parts, _WHOLE_PARTS)
+        return CellJob(cell=cell, feeds=path, kept=LEG, subjects=(0,), most=LEG * (most // LEG))
 
     def _run(self, series: _Series, jobs: Sequence[CellJob], max_time_s: float) -> None:
         """Sessions until every cell is decided, the last look is over, or the time is.
@@ -264,11 +264,13 @@ class _Table:
             kept = self._kept(series, pace.count)
             cells = [_with(each, kept, len(subjects)) for each in open_cells.values()]
             began = self.timing.clock()
-            times = self._session(self._job(series, subjects, cells, pace), pace.count + 1)
-            took = self.timing.clock() - began
+            try:
+                times = self._session(self._job(series, subjects, cells, pace), pace.count + 1)
+            finally:
+                took = self.timing.clock() - began
+                self.spent_s += took
+                series.seconds += took
             pace.add(times, took, kept=kept)
-            self.spent_s += took
-            series.seconds += took
             self.timing.advance()
             for index, name in enumerate(open_cells):
                 one = msgspec.structs.replace(times, cells=(times.cells[index],))
@@ -338,11 +340,11 @@ class _Table:
         if series.budgets:
             first = math.ceil(samples_needed(self.spec) / self.spec.sessions)
             if count >= self.spec.sessions:
-                first = max(first, math.ceil(MOST_SAMPLES / LOOKS[-1]))
+                first = max(first, math.ceil(LATER_SAMPLES / LOOKS[-1]))
             least = max(least, first)
         elif series.rival is None:
             least = math.ceil(samples_needed(self.spec) / self.spec.sessions)
-        return LEG * math.ceil(max(least, 2 * LEG) / LEG)
+        return LEG * math.ceil(max(least, 2 * LEG, 2 * self.spec.streams) / LEG)
 
     def _limits(self, against: str) -> dict[str, float]:
         """Tolerances in percent by percentile, of all that is asked for against one rival."""
@@ -389,7 +391,7 @@ class _Table:
 
     def _too_few(self, ours: Sequence[SubjectTimes]) -> tuple[str, ...]:
         """That there are fewer inferences than the spec asks for."""
-        n, asked = sum(len(each.regions[self.spec.timed]) for each in ours), self.spec.samples
+        n, asked = len(equal_parts([each.regions[self.spec.timed] for each in ours])), self.spec.samples
         if asked is None or n >= asked:
             return ()
         return (f"{n} of the {asked} samples that are asked for; raise max_time_s",)

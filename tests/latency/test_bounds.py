@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gate.errors import MeasurementError
-from gate.latency.bounds import HELD_BY_SESSION, equal_parts, percentile_bounds, throughput_bounds, throughput_of
+from gate.latency.bounds import equal_parts, held_by_session, percentile_bounds, throughput_bounds, throughput_of
 from gate.latency.ratio import MOST_NS, nearest_rank
 from gate.statistics import percentile_interval
 from gate.verdict import Interval
@@ -30,8 +30,19 @@ def test_bounds_are_never_narrower_than_loadgens(sessions, p):
     found, by_inference = percentile_bounds(sessions, p), percentile_interval(np.sort(equal_parts(sessions)), p)
     assert found.lower <= by_inference.lower
     assert found.upper >= by_inference.upper
-    if p not in HELD_BY_SESSION:
+    if not held_by_session(sessions, p):
         assert found == by_inference
+
+
+@pytest.mark.parametrize(("kept", "held"), [(600, False), (999, False), (1000, True), (4000, True)])
+def test_a_session_with_ten_inferences_above_p99_tells_it(kept, held):
+    centres = [980_000, 1_010_000, 1_000_000, 990_000, 1_030_000]
+    sessions = [[centre + 10 * offset for offset in range(kept)] for centre in centres]
+    assert held_by_session(sessions, 0.99) is held
+    alone = percentile_interval(np.sort(equal_parts(sessions)), 0.99)
+    assert (percentile_bounds(sessions, 0.99) != alone) is held
+    assert held_by_session([*sessions, [1_000_000] * 16], 0.99) is False
+    assert held_by_session(sessions, 0.5)
 
 
 def test_up_to_p95_the_bounds_are_those_of_the_sessions_where_they_differ():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gate.errors import MeasurementError
+from gate.latency.bounds import equal_parts
 from gate.latency.budgets import (
     budget_findings,
     clock_of,
@@ -55,12 +56,13 @@ def judged(sessions, /, *, cell=ONE, **budgets):
 
 
 @given(st.lists(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), min_size=1, max_size=6))
-def test_percentiles_are_nearest_rank_over_all_sessions(values):
+def test_percentiles_are_nearest_rank_over_equal_parts_of_all_sessions(values):
     metrics = summary([session(tuple(each)) for each in values])
+    parts = sorted(equal_parts(values).tolist())
+    for per_mille, name in ((500, "p50_ms"), (900, "p90_ms"), (950, "p95_ms"), (990, "p99_ms"), (999, "p99_9_ms")):
+        assert getattr(metrics, name) == parts[-(-per_mille * len(parts) // 1000) - 1] / 1e6
     ordered = sorted(value for each in values for value in each)
     n = len(ordered)
-    for per_mille, name in ((500, "p50_ms"), (900, "p90_ms"), (950, "p95_ms"), (990, "p99_ms"), (999, "p99_9_ms")):
-        assert getattr(metrics, name) == ordered[-(-per_mille * n // 1000) - 1] / 1e6
     assert metrics.max_ms == ordered[-1] / 1e6
     assert metrics.mean_ms == pytest.approx(sum(ordered) / n / 1e6)
     assert metrics.durations_ns == tuple(value for each in values for value in each)
@@ -228,6 +230,14 @@ def test_processes_that_differ_are_not_decided_by_how_many_inferences_each_has()
     assert judged(sessions, p50_ms=9.95)["latency.p50_ms"].status is Status.INCONCLUSIVE
     assert judged(sessions, p50_ms=10.5)["latency.p50_ms"].status is Status.PASSED
     assert judged(sessions, p50_ms=9.5)["latency.p50_ms"].status is Status.FAILED
+
+
+def test_a_session_that_was_cut_short_is_named_where_the_samples_are_too_few():
+    sessions = [session((1_000_000,) * size) for size in (16, 400, 400, 400, 400)]
+    found = judged(sessions, p99_ms=2.0)["latency.p99_ms"]
+    assert found.detail == (
+        "p99 needs at least 459 samples, has 80, as many of each session as the shortest has, 16; raise samples or max_time_s"
+    )
 
 
 def test_several_budgets_give_a_finding_each_by_the_name_of_the_cell():

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gate.errors import MeasurementError
-from gate.latency.guards import BudgetDoubts, budget_doubts, missing_readings, ratio_doubts
-from gate.latency.measurement import CellTimes, MemoryUse, Reading, SessionTimes, SubjectTimes
+from gate.latency.guards import BudgetDoubts, budget_doubts, missing_readings, ratio_doubts, usage_doubts
+from gate.latency.measurement import CellTimes, MemoryUse, Reading, SessionTimes, SubjectTimes, Usage
 
 LEG, LEGS = 8, 12
 CALM = {"sm_clock_mhz": 1980, "slowdowns": (), "others": 0}
@@ -188,8 +188,16 @@ def test_engine_that_drifts_within_the_tolerance_is_no_doubt():
 
 def test_one_leg_cannot_be_split_and_is_a_doubt():
     for legs in (1, 2):
-        said = tuple(f"{x} against itself takes at least 3 legs, session 1 has {legs}" for x in "AB")
+        said = tuple(
+            f"{x} against itself takes 5 sessions of 3 legs or more, 0 have them; raise max_time_s" for x in "AB"
+        )
         assert ratio(pairs(legs=legs)) == said
+
+
+def test_a_first_session_that_had_no_time_is_left_out_of_the_comparison_with_itself():
+    short = pairs(1, legs=2)
+    assert ratio([*short, *pairs(5)]) == ()
+    assert len(ratio([*short, *pairs(4)])) == 2
 
 
 @pytest.mark.parametrize("factor", [1.05, 1.5])
@@ -352,6 +360,15 @@ def test_note_names_only_what_is_missing():
         assert missing_readings(sessions, 0) == (
             "the driver did not say, so nothing was held against it: other processes on the GPU",
         )
+
+
+def test_usage_of_a_gpu_that_another_process_came_to_is_doubted():
+    alone, shared = (
+        msgspec.structs.replace(session(busy=3), usage=(Usage(seconds=1.0, inferences=9, others=others),))
+        for others in (0, 2)
+    )
+    assert usage_doubts([alone] * 5) == ()
+    assert usage_doubts([alone, shared, alone, alone, alone]) == ("another process came to the GPU in 1 of 5 sessions",)
 
 
 def test_nothing_measured_is_an_error():
