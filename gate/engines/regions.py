@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -32,6 +33,21 @@ def require_alike(batches: Sequence[Mapping[str, Any]], *, where: str) -> None:
                     f"batch {index}",
                     where=where,
                 )
+
+
+def released_with(
+    once: Callable[..., object], close: Callable[[], None], others: Sequence[weakref.finalize[..., Any]]
+) -> list[weakref.finalize[..., Any]]:
+    """What frees the buffers of a function as soon as nobody holds it, with those of others that are still held.
+
+    Args:
+        once: The function.
+        close: Frees them; called once.
+        others: Of the same runner.
+    """
+    release = weakref.finalize(once, close)
+    release.atexit = False
+    return [*(each for each in others if each.alive), release]
 
 
 def unread_regions(

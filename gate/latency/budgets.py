@@ -264,10 +264,10 @@ def _percentile(
             cut = f", as many of each session as the shortest has, {shortest}" if n < sum(map(len, sessions)) else ""
             detail = f"{name} needs at least {least} samples, has {n}{cut}; raise samples or max_time_s"
         elif few:
-            detail = f"{name} needs more processes, has {_sessions(len(sessions))}; raise max_time_s"
+            detail = f"{name} needs more processes, has {sessions_text(len(sessions))}; raise max_time_s"
         elif held_by_session(sessions, p):
             detail = (
-                f"{over} of {n} inferences are over the budget, {name} of the {_sessions(len(sessions))} is "
+                f"{over} of {n} inferences are over the budget, {name} of the {sessions_text(len(sessions))} is "
                 f"{own[0]:.4g} to {own[-1]:.4g} ms; more sessions would decide"
             )
         else:
@@ -293,23 +293,24 @@ def _throughput(values: Sequence[float], *, cell: Cell, floor: float, n: int, fe
     detail = ""
     if finding.status is Status.INCONCLUSIVE:
         detail = (
-            f"throughput needs more processes, has {_sessions(sessions)}; raise max_time_s"
+            f"throughput needs more processes, has {sessions_text(sessions)}; raise max_time_s"
             if few
-            else f"throughput varies too much between {_sessions(sessions)}; more would decide"
+            else f"throughput varies too much between {sessions_text(sessions)}; more would decide"
         )
     return msgspec.structs.replace(finding, detail=detail)
 
 
 def _ratio_detail(finding: Finding, estimate: RatioEstimate, what: str) -> str:
     if finding.status is Status.INCONCLUSIVE and estimate.sessions < LOOKS[0]:
-        return f"{what}: {_sessions(estimate.sessions)}, the rule takes at least {LOOKS[0]}; raise max_time_s"
+        return f"{what}: {sessions_text(estimate.sessions)}, the rule takes at least {LOOKS[0]}; raise max_time_s"
     spread = f"they vary by {100 * math.expm1(estimate.sd):.2g} % from one to the next"
     if finding.status is Status.INCONCLUSIVE:
-        return f"{what}: not decided after {_sessions(estimate.sessions)}, {spread}"
-    return f"{what}: decided after {_sessions(estimate.sessions)}, {spread}"
+        return f"{what}: not decided after {sessions_text(estimate.sessions)}, {spread}"
+    return f"{what}: decided after {sessions_text(estimate.sessions)}, {spread}"
 
 
-def _sessions(count: int) -> str:
+def sessions_text(count: int) -> str:
+    """Such as `5 sessions`."""
     return f"{count} session{'' if count == 1 else 's'}"
 
 

@@ -22,6 +22,7 @@ from gate.latency.budgets import (
     doubted,
     regression_finding,
     samples_needed,
+    sessions_text,
     speedup_finding,
     summarise,
 )
@@ -281,10 +282,10 @@ class _Table:
                 found = self._findings(series, cell)
                 if all(each.status is not Status.INCONCLUSIVE for each in found):
                     word = "decided" if found else "nothing to decide, measured"
-                    reason = f"{word} after {_sessions(pace.count)}"
+                    reason = f"{word} after {sessions_text(pace.count)}"
                     self._stop(series, {cell.name: open_cells.pop(cell.name)}, reason)
             if pace.count >= pace.last:
-                self._stop(series, open_cells, f"not decided after {_sessions(pace.count)}, which are the most")
+                self._stop(series, open_cells, f"not decided after {sessions_text(pace.count)}, which are the most")
                 return
 
     def _session(self, job: Job, number: int) -> SessionTimes:
@@ -321,7 +322,7 @@ class _Table:
             return ""
         needed = pace.seconds_for(LEAST_KEPT)
         return (
-            f"{self._asked_text()} is too short, stopped after {_sessions(pace.count)}: {pace.first} sessions with "
+            f"{self._asked_text()} is too short, stopped after {sessions_text(pace.count)}: {pace.first} sessions with "
             f"{LEAST_KEPT} inferences of each engine take about {math.ceil(needed)} s"
         )
 
@@ -559,7 +560,7 @@ class _Pace:
         least = self._longest_s if self.count >= self.first else self.seconds_of_one(2 * LEG)
         if not self.count or least <= self._left:
             return ""
-        return f"{asked} was over after {_sessions(self.count)}"
+        return f"{asked} was over after {sessions_text(self.count)}"
 
     def next_s(self) -> float:
         """How long the next session aims to take, above 0."""
@@ -594,10 +595,6 @@ def _session(timing: Timing, job: Job, timeout_s: float, number: int) -> Session
 def _with(job: CellJob, kept: int, subjects: int) -> CellJob:
     least_s = LEAST_ALONE_S if subjects == 1 else LEAST_IN_TURN_S
     return msgspec.structs.replace(job, kept=kept, subjects=tuple(range(subjects)), least_s=least_s)
-
-
-def _sessions(count: int) -> str:
-    return f"{count} session{'' if count == 1 else 's'}"
 
 
 def measured_usage(timing: Timing, usage: UsageSpec) -> tuple[UsageMetrics | None, tuple[Finding | Failure, ...]]:

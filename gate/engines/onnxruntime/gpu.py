@@ -33,7 +33,7 @@ from gate.engines.onnxruntime.providers import (
 )
 from gate.engines.onnxruntime.runner import OnnxRuntimeRunner, element_type, read_model
 from gate.engines.onnxruntime.session import open_session, provider_list
-from gate.engines.regions import require_alike, unread_regions
+from gate.engines.regions import released_with, require_alike, unread_regions
 from gate.engines.tensorrt.buffers import Buffers
 from gate.engines.tensorrt.device_array import DeviceArray, nbytes_of
 from gate.engines.tensorrt.memory import Memory, four_events, memory
@@ -246,9 +246,7 @@ class OnnxRuntimeGpuRunner(OnnxRuntimeRunner):
         except BaseException:
             own.close()
             raise
-        release = weakref.finalize(once, own.close)
-        release.atexit = False
-        self._releases = [*(each for each in self._releases if each.alive), release]
+        self._releases = released_with(once, own.close, self._releases)
         return once
 
     def run_to_device(self, feed_dict: NamedArrays) -> dict[str, Any]:

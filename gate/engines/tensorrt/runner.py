@@ -14,7 +14,7 @@ import numpy as np
 
 from gate.engines.feed import require_feed, require_inputs
 from gate.engines.interface import Unread, Wait
-from gate.engines.regions import require_alike, unread_regions
+from gate.engines.regions import released_with, require_alike, unread_regions
 from gate.engines.tensorrt.buffers import Buffers, output_allocator
 from gate.engines.tensorrt.device_array import DeviceArray, DeviceInput, device_input, nbytes_of
 from gate.engines.tensorrt.loaded import BFLOAT16, LoadedPlan, Profile
@@ -211,9 +211,7 @@ class TensorRTRunner:
         except BaseException:
             own.close()
             raise
-        release = weakref.finalize(once, own.close)
-        release.atexit = False
-        self._releases = [*(each for each in self._releases if each.alive), release]
+        self._releases = released_with(once, own.close, self._releases)
         return once
 
     def run_on_device(self, feed_dict: Mapping[str, Any]) -> dict[str, DeviceArray]:
