@@ -637,8 +637,9 @@ def _recomputed(
     cell = Cell(batch=summary.batch, name=summary.name)
     said: dict[str, float] = {}
     found: dict[str, _Again] = {}
+    equal = equal_parts(raw.sessions)
     for key, p in PERCENTILES.items():
-        equal, bounds = equal_parts(raw.sessions), percentile_bounds(raw.sessions, p)
+        bounds = percentile_bounds(raw.sessions, p)
         said[key] = nearest_rank(equal, p) / 1e6
         interval = Interval(max(0.0, bounds.lower / 1e6), bounds.upper / 1e6)
         found[cell.check(f"latency.{key}")] = _Again(said[key], interval, len(equal))

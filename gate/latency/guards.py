@@ -47,12 +47,10 @@ class BudgetDoubts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     Args:
         blocks_pass: Reasons why it has not passed, whatever the numbers.
         blocks_fail: Reasons why it has not failed.
-        notes: What the driver did not say, so that it was not looked at; blocks nothing.
     """
 
     blocks_pass: tuple[str, ...] = ()
     blocks_fail: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def ratio_doubts(
@@ -127,7 +125,6 @@ def budget_doubts(sessions: Sequence[SessionTimes], cell: int, *, subject: int =
     return BudgetDoubts(
         blocks_pass=(*shared, *wrong),
         blocks_fail=(*_throttled(cells, subject), *shared, *wrong),
-        notes=missing_readings(sessions, cell),
     )
 
 

@@ -29,7 +29,16 @@ from gate.latency.budgets import (
 from gate.latency.config import Cell, LatencySpec, TimedTable, UsageSpec, latency_checks, percent_of, timed_tables
 from gate.latency.guards import budget_doubts, missing_readings, ratio_doubts, usage_doubts
 from gate.latency.measurement import SessionTimes, SubjectTimes
-from gate.latency.ratio import LEAST_KEPT, LOOKS, RATIO_PERCENTILES, estimate, kept_needed, log_ratio, next_look
+from gate.latency.ratio import (
+    LEAST_KEPT,
+    LOOKS,
+    RATIO_PERCENTILES,
+    RatioEstimate,
+    estimate,
+    kept_needed,
+    log_ratio,
+    next_look,
+)
 from gate.latency.usage import usage_findings, usage_metrics
 from gate.results import Comparison, LatencyMetrics, SessionPair, UsageMetrics
 from gate.sessions.job import CellJob, Job, Subject
@@ -403,8 +412,9 @@ class _Table:
         both = (Status.PASSED, Status.FAILED)
         if regression is not None and regression.against == rival.against:
             for name, limit in regression.limits.items():
+                found = self._ratio(sessions, name)
                 finding = regression_finding(
-                    estimate(self._log_ratios(sessions, name)),
+                    found,
                     name,
                     cell=cell,
                     limit_percent=limit,
@@ -412,39 +422,39 @@ class _Table:
                     n=n,
                     evidence=self.timing.evidence,
                 )
-                yield doubted(
-                    finding, self._doubts(sessions, name, limit, limit_ratio=1.0 + limit / 100.0), blocks=both
-                )
+                distance = math.log(found.ratio) - math.log1p(limit / 100.0)
+                yield doubted(finding, self._doubts(sessions, name, limit, distance=distance), blocks=both)
         if speedup is not None and speedup.against == rival.against:
+            found = self._ratio(sessions, "p50")
             finding = speedup_finding(
-                estimate(self._log_ratios(sessions, "p50")),
+                found,
                 speedup,
                 cell=cell,
                 against=rival.title,
                 n=n,
                 evidence=self.timing.evidence,
             )
-            doubts = self._doubts(sessions, "p50", percent_of(speedup), limit_ratio=1.0 / speedup.at_least)
+            distance = math.log(found.ratio) + math.log(speedup.at_least)
+            doubts = self._doubts(sessions, "p50", percent_of(speedup), distance=distance)
             yield doubted(finding, doubts, blocks=both)
 
-    def _log_ratios(self, sessions: Sequence[SessionTimes], name: str) -> list[float]:
+    def _ratio(self, sessions: Sequence[SessionTimes], name: str) -> RatioEstimate:
         p, region = RATIO_PERCENTILES[name], self.spec.timed
         pairs = (each.cells[0].subjects for each in sessions)
-        return [log_ratio(a.regions[region], b.regions[region], p) for a, b in pairs]
+        return estimate([log_ratio(a.regions[region], b.regions[region], p) for a, b in pairs])
 
     def _doubts(
-        self, sessions: Sequence[SessionTimes], name: str, tolerance_percent: float, *, limit_ratio: float
+        self, sessions: Sequence[SessionTimes], name: str, tolerance_percent: float, *, distance: float
     ) -> tuple[str, ...]:
         if len(sessions) < LOOKS[0]:
             return ()
-        distance = math.log(estimate(self._log_ratios(sessions, name)).ratio) - math.log(limit_ratio)
         doubts = ratio_doubts(
             sessions,
             0,
             tolerance_percent=tolerance_percent,
             p=RATIO_PERCENTILES[name],
             region=self.spec.timed,
-            distance=abs(distance),
+            distance=distance,
         )
         kept = sum(len(each.cells[0].subjects[0].regions[self.spec.timed]) for each in sessions)
         if kept >= LEAST_KEPT * len(sessions):
@@ -482,7 +492,7 @@ class _Table:
             against=rival.against,
             title=rival.title,
             sha256=rival.subject.sha256,
-            ratios={name: estimate(self._log_ratios(sessions, name)) for name in RATIO_PERCENTILES},
+            ratios={name: self._ratio(sessions, name) for name in RATIO_PERCENTILES},
             sessions=len(sessions),
             seconds=series.seconds,
             checks=self._checks_against(rival.against, [cell]),

@@ -345,7 +345,7 @@ def test_gpu_of_which_the_driver_says_nothing_is_noted_and_not_doubted():
         "how busy the GPU was before",
     )
     assert ratio(sessions) == ()
-    assert budget_doubts(sessions, 0) == BudgetDoubts(notes=note)
+    assert budget_doubts(sessions, 0) == BudgetDoubts()
     assert missing_readings(sessions, 0) == note
 
 
