@@ -152,10 +152,11 @@ gpu() {
 }
 
 ab_of() {
-  local python=$1 spec=$2 name=$3 which=$4 width=$5 reference=()
+  local python=$1 spec=$2 name=$3 which=$4 reference=()
+  shift 4
   [ "$python" = with_trt ] && reference=(--reference "$out/recordings/resnet50")
   "$python" docs/evidence/latency_ab.py "examples/resnet50/$spec.gate.toml" "$out/ab-$name-$which" --engine "$name" \
-    --which "$which" --width "$width" --batch 8 --timed gpu_compute "${reference[@]}" >"$out/ab-$name-$which.txt" \
+    --which "$which" --batch 8 --timed gpu_compute "${reference[@]}" "$@" >"$out/ab-$name-$which.txt" \
     2>"$out/ab-$name-$which.err"
   tail -3 "$out/ab-$name-$which.txt" "$out/ab-$name-$which.err"
 }
@@ -163,10 +164,10 @@ ab_of() {
 ab() {
   [ -d "$out/recordings/resnet50" ] ||
     with_torch -m gate record examples/resnet50/tensorrt.gate.toml --cache "$out/cache" -o "$out/recordings/resnet50"
-  gpu 0 ab_of with_trt tensorrt trt-fp16 same 0
-  gpu 1 ab_of with_trt tensorrt trt-fp16 slower 8192
-  gpu 2 ab_of with_torch pytorch ort-cuda-tf32 same 0
-  gpu 3 ab_of with_torch pytorch ort-cuda-tf32 slower 12000
+  gpu 0 ab_of with_trt tensorrt trt-fp16 same
+  gpu 1 ab_of with_trt tensorrt trt-fp16 slower --width 3000 --close 0.35 --calibration 8
+  gpu 2 ab_of with_torch pytorch ort-cuda-tf32 same
+  gpu 3 ab_of with_torch pytorch ort-cuda-tf32 slower --width 1260
   wait
   unset CUDA_VISIBLE_DEVICES
 }

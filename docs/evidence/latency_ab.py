@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,7 +30,6 @@ from gate.steps.rivals import engine_subject
 from gate.verdict import Evidence
 
 MOST_ELEMENTS = 4096
-CLOSE = 0.12
 TRIES = 8
 
 
@@ -48,6 +46,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--slower", type=float, default=5.0, help="percent")
     parser.add_argument("--width", type=int, default=256, help="of the extra node, to begin with")
+    parser.add_argument(
+        "--close",
+        type=float,
+        default=0.12,
+        metavar="FRACTION",
+        help="how near to what was asked for the copy's slowdown must be, as a fraction of it",
+    )
     parser.add_argument("--calibration", type=int, default=20, help="sessions in which a width is tried")
     parser.add_argument("--which", choices=("same", "slower", "both"), default="both")
     args = parser.parse_args()
@@ -90,10 +95,12 @@ class Rule:
             found = self.timed(subject, tolerance=1000.0, sessions=self.args.calibration)
             slower = 100.0 * (found.latencies[0].comparisons[0].ratios["p50"].ratio - 1.0)
             print(f"extra node of width {width}: {slower:+.2f} %", flush=True)
-            if abs(slower - percent) <= CLOSE * percent:
+            if abs(slower - percent) <= self.args.close * percent:
                 return subject
             tried.append((width, slower))
             width = next_width(tried, percent)
+            if any(width == each for each, _ in tried):
+                break
         raise SystemExit(f"no width makes it {percent} % slower: {tried}")
 
     def timed(self, subject: Any, *, tolerance: float, sessions: int = LatencySpec().sessions) -> Timed:
@@ -124,7 +131,7 @@ class Rule:
 
     def decide(self, which: str, subject: Any) -> None:
         """So many decisions, each with its time."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for index in range(self.args.repeat):
             began = time.monotonic()
             found = self.timed(subject, tolerance=self.args.tolerance)
@@ -156,20 +163,23 @@ class Rule:
         print(
             f"{self.args.engine} {which}, tolerance {self.args.tolerance:g} %: {dict(counts)}; "
             f"median {np.median([row['slower_percent'] for row in rows]):+.2f} %; sessions {np.mean(sessions):.1f} on "
-            f"average; time to decision {seconds[len(seconds) // 2]:.1f} s, at most {seconds[-1]:.1f} s",
+            f"average; time to decision {np.median(seconds):.1f} s, at most {seconds[-1]:.1f} s",
             flush=True,
         )
 
 
 def next_width(tried: list[tuple[int, float]], percent: float) -> int:
-    """From the two widths around, or nearest to, what is asked for, as if the time grew with the width."""
-    ordered = sorted(tried, key=lambda each: abs(each[1] - percent))
-    (a, slow_a), (b, slow_b) = ordered[:2]
-    if slow_a == slow_b:
-        return max(a, b) * 2
-    width = a + (percent - slow_a) * (b - a) / (slow_b - slow_a)
-    most = 8 * max(width for width, _ in tried)
-    return int(min(max(1.0, width), most)) if math.isfinite(width) else most
+    """Between the narrowest that was too slow and the widest below it that was not, as if the time grew with the width.
+
+    Where none was too slow yet it is wider than all, 8 times at the most. A width that is tried already says that there is
+    none between. Widths above one that was too slow are left out: an engine that is built anew need not be slower by more.
+    """
+    narrowest = min((each for each in tried if each[1] > percent), default=None)
+    a, slow_a = max(each for each in tried if each[1] <= percent and (narrowest is None or each[0] < narrowest[0]))
+    if narrowest is None:
+        return max(a + 1, int(a * (min(8.0, percent / slow_a) if slow_a > 0 else 8.0)))
+    b, slow_b = narrowest
+    return max(1, a + 1, min(b - 1, int(a + (percent - slow_a) * (b - a) / (slow_b - slow_a))))
 
 
 def extra_node(graph: Path, out: Path, *, width: int) -> None:
