@@ -59,6 +59,10 @@ check: $(VENV)/.installed-lint $(VENV)/typings/tensorrt/__init__.pyi
 	$(BIN)/gate schema spec | cmp - schemas/gate.schema.json
 	$(BIN)/gate schema report | cmp - schemas/report.schema.json
 	$(BIN)/gate schema baseline | cmp - schemas/baseline.schema.json
+	$(BIN)/gate schema trust | cmp - schemas/trust.schema.json
+	$(BIN)/gate schema verdict | cmp - schemas/verdict.schema.json
+	$(BIN)/gate schema approval | cmp - schemas/approval.schema.json
+	$(BIN)/gate schema ledger | cmp - schemas/ledger.schema.json
 	$(BIN)/gate schema metadata | cmp - metadata_schema.json
 	$(BIN)/check-jsonschema --check-metaschema schemas/*.json metadata_schema.json
 
@@ -67,6 +71,10 @@ schemas: $(VENV)/.installed-lint
 	$(BIN)/gate schema spec > schemas/gate.schema.json
 	$(BIN)/gate schema report > schemas/report.schema.json
 	$(BIN)/gate schema baseline > schemas/baseline.schema.json
+	$(BIN)/gate schema trust > schemas/trust.schema.json
+	$(BIN)/gate schema verdict > schemas/verdict.schema.json
+	$(BIN)/gate schema approval > schemas/approval.schema.json
+	$(BIN)/gate schema ledger > schemas/ledger.schema.json
 	$(BIN)/gate schema metadata > metadata_schema.json
 
 bench: $(VENV)/.installed-test

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("compare", "command", "samples", "detection", "data", "timing", "latency_rule")
+NAMES = ("compare", "command", "samples", "detection", "data", "timing", "latency_rule", "ledger", "sealing")
 
 
 def main() -> int:

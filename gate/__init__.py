@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gate.data.image_spec import ImagesSpec
     from gate.data.samples import Samples
     from gate.errors import (
+        ApprovalsMissing,
         BackendUnavailable,
         BaselineError,
         BuildError,
@@ -24,25 +25,35 @@ if TYPE_CHECKING:
         ExitCode,
         ExportError,
         GateError,
+        IdentityMismatch,
         IncompatibleEngine,
+        LedgerError,
         LoweringError,
         MeasurementError,
+        PromotionRefused,
         ReferenceMismatch,
         RunError,
+        SignatureMismatch,
+        SigningError,
         SpecError,
+        StaleVerdict,
         VerificationError,
     )
+    from gate.loading import LoadedEngine, load
     from gate.metrics.coco_results import results_from_detections
     from gate.pipeline import CheckOptions, check, seal_passed
     from gate.results import CheckRun, EngineResult
     from gate.spec import GateSpec, SpecFile, read_spec
-    from gate.store import verify
+    from gate.store import Release, SealedBundle, verify_seal
     from gate.targets import Categories, Detections, ImageRecord, ImageTarget, TrackedFrame
+    from gate.trust import PolicyFile, read_policy
     from gate.verdict import Evidence, Failure, Finding, Interval, Limit, Status, Verdict
+    from gate.verification import VerifiedBundle, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApprovalsMissing",
     "BackendUnavailable",
     "BaselineError",
     "BuildError",
@@ -61,30 +72,44 @@ __all__ = [
     "Finding",
     "GateError",
     "GateSpec",
+    "IdentityMismatch",
     "ImageRecord",
     "ImageTarget",
     "ImagesSpec",
     "IncompatibleEngine",
     "Interval",
+    "LedgerError",
     "Limit",
+    "LoadedEngine",
     "LoweringError",
     "MeasurementError",
+    "PolicyFile",
+    "PromotionRefused",
     "ReferenceMismatch",
+    "Release",
     "RunError",
     "Samples",
+    "SealedBundle",
+    "SignatureMismatch",
+    "SigningError",
     "SpecError",
     "SpecFile",
+    "StaleVerdict",
     "Status",
     "TrackedFrame",
     "Verdict",
     "VerificationError",
+    "VerifiedBundle",
     "check",
+    "load",
     "read_images",
+    "read_policy",
     "read_results",
     "read_spec",
     "results_from_detections",
     "seal_passed",
     "verify",
+    "verify_seal",
 ]
 
 _ELSEWHERE = {
@@ -113,7 +138,15 @@ _ELSEWHERE = {
     "check": "gate.pipeline",
     "read_spec": "gate.spec",
     "seal_passed": "gate.pipeline",
-    "verify": "gate.store",
+    "LoadedEngine": "gate.loading",
+    "PolicyFile": "gate.trust",
+    "Release": "gate.store",
+    "SealedBundle": "gate.store",
+    "VerifiedBundle": "gate.verification",
+    "load": "gate.loading",
+    "read_policy": "gate.trust",
+    "verify": "gate.verification",
+    "verify_seal": "gate.store",
 }
 """The module of each public name; one that is not here is an error's, in gate.errors."""
 

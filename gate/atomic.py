@@ -12,20 +12,27 @@ import errno
 import fcntl
 import hashlib
 import os
+import queue
 import re
 import secrets
 import shutil
 import stat
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from gate.errors import BundleError, GateError
 from gate.manifest import FileDigest
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
 _TEMPORARY = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{16}")
-_CHUNK_BYTES = 1024 * 1024
+_CHUNK_BYTES = 256 * 1024
+_BUFFERS = 8
+"""Chunks that may wait to be written while the next ones are hashed."""
 _DISK_ERRORS = frozenset(
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENAMETOOLONG", "ENOTDIR", "EEXIST")
@@ -196,6 +203,45 @@ def digest_of_stream(stream: BinaryIO, *, copy_to: BinaryIO | None = None) -> Fi
         if copy_to is not None:
             copy_to.write(buffer[:count])
     return FileDigest(sha256=digest.hexdigest(), size_bytes=size_bytes)
+
+
+def copy_hashed(source: BinaryIO, target: BinaryIO) -> FileDigest:
+    """Copy what is left in a stream into a file on disk; SHA-256 and length of what was copied.
+
+    One thread hashes while another writes, so that the slower of the two is all that it takes. Memory does not grow with
+    the file.
+
+    Raises:
+        OSError: As reading or writing.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    digest, size_bytes = hashlib.sha256(), 0
+    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    for _ in range(_BUFFERS):
+        free.put(memoryview(bytearray(_CHUNK_BYTES)))
+    with ThreadPoolExecutor(1) as writer:
+        written: deque[Future[None]] = deque()
+        while True:
+            buffer = free.get()
+            count = source.readinto(buffer)  # type: ignore[attr-defined]
+            if not count:
+                break
+            written.append(writer.submit(_write_all, target, buffer, count, free))
+            digest.update(buffer[:count])
+            size_bytes += count
+            while written and written[0].done():
+                written.popleft().result()
+        for each in written:
+            each.result()
+    return FileDigest(sha256=digest.hexdigest(), size_bytes=size_bytes)
+
+
+def _write_all(target: BinaryIO, buffer: memoryview, count: int, free: queue.SimpleQueue[memoryview]) -> None:
+    try:
+        target.write(buffer[:count])
+    finally:
+        free.put(buffer)
 
 
 def digest_of_file(path: Path, *, single_link: bool = False) -> FileDigest:

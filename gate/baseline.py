@@ -30,10 +30,6 @@ from gate.manifest import (
     sha256_hex,
     strict_json,
 )
-from gate.metrics.classification import DEFAULT_DROP_PP, baseline_task_finding
-from gate.metrics.findings import TILED, baseline_finding, unpacked
-from gate.metrics.kinds import kind_named
-from gate.metrics.resampling import seed_from
 from gate.results import CheckRun, EngineResult, Fingerprint, LatencyMetrics, OutputMetrics
 from gate.spec import BaselineLimits, EngineSpec, Name, SpecFile
 from gate.statistics import clopper_pearson
@@ -394,6 +390,8 @@ def _task(result: EngineResult) -> dict[str, object] | None:
 
 
 def _scores(result: EngineResult) -> dict[str, object] | None:
+    from gate.metrics.findings import TILED
+
     scores = result.scores
     if scores is None:
         return None
@@ -572,6 +570,9 @@ def _task_contradictions(task: BaselineTask) -> Iterator[str]:
 
 def _score_contradictions(scores: BaselineScores) -> Iterator[str]:
     """Values that are not those of the samples that stand beside them."""
+    from gate.metrics.findings import unpacked
+    from gate.metrics.kinds import kind_named
+
     try:
         found = kind_named(scores.kind).read(unpacked(scores.statistics))
         again = found.values()
@@ -725,6 +726,8 @@ def baseline_findings(
         file: The spec.
         evidence: How it was measured.
     """
+    from gate.metrics.classification import DEFAULT_DROP_PP
+
     if baseline is None:
         baseline = BaselineError("there is no accepted baseline", hint=ACCEPT)
     if isinstance(baseline, BaselineError):
@@ -754,6 +757,8 @@ def baseline_findings(
 
 def _default_score_limit(kind_name: str, engine: EngineSpec) -> Limit | None:
     """What the task's first value may lose against the reference, it may lose against the baseline."""
+    from gate.metrics.kinds import kind_named
+
     kind = kind_named(kind_name)
     first = next(iter(kind.values))
     word = "drop" if kind.values[first].higher_is_better else "rise"
@@ -764,6 +769,10 @@ def _default_score_limit(kind_name: str, engine: EngineSpec) -> Limit | None:
 def _score_finding(
     baseline: Baseline, result: EngineResult, *, limit: Limit, file: SpecFile, evidence: Evidence
 ) -> Finding | Failure:
+    from gate.metrics.findings import baseline_finding, unpacked
+    from gate.metrics.kinds import kind_named
+    from gate.metrics.resampling import seed_from
+
     scores, before = result.scores, baseline.scores
     check = "baseline.task"
     try:
@@ -805,6 +814,8 @@ def _limit(value: float | None, key: str, engine: EngineSpec, file: SpecFile) ->
 
 
 def _drop_finding(baseline: Baseline, result: EngineResult, *, limit: Limit, evidence: Evidence) -> Finding | Failure:
+    from gate.metrics.classification import baseline_task_finding
+
     if result.task is None or baseline.task is None:
         who = "this run" if result.task is None else "the baseline"
         return _failure(

@@ -13,7 +13,14 @@
     ├─ BaselineError        missing, unreadable, or of another device, precision or sample set
     ├─ BundleError          a bundle is malformed
     │  └─ VerificationError
-    │     └─ DigestMismatch
+    │     ├─ DigestMismatch
+    │     ├─ SignatureMismatch
+    │     ├─ IdentityMismatch
+    │     ├─ StaleVerdict
+    │     └─ ApprovalsMissing
+    ├─ LedgerError          the ledger is not what was signed
+    ├─ PromotionRefused     the policy does not allow it, or somebody else was first
+    ├─ SigningError         a key cannot be read, made or used
     └─ IncompatibleEngine   a plan for another TensorRT version, GPU or platform
 
 Errors carry fields and a hint. They never log, print or exit.
@@ -147,5 +154,39 @@ class DigestMismatch(VerificationError):
 
 class IncompatibleEngine(GateError):
     """A plan for another TensorRT version, GPU or platform, said before deserialising."""
+
+    exit_code = ExitCode.USAGE
+
+
+class SignatureMismatch(VerificationError):
+    """Nobody whom the policy trusts signed it."""
+
+
+class IdentityMismatch(VerificationError):
+    """It is of another model, slot, data set, baseline or spec than was asked for."""
+
+
+class StaleVerdict(VerificationError):
+    """The verdict expired, is too old, was revoked, or one with a higher serial was accepted before."""
+
+
+class ApprovalsMissing(VerificationError):
+    """Fewer approvals than the policy asks for."""
+
+
+class LedgerError(GateError):
+    """The ledger is not what was signed: a line was edited, removed, reordered or cut off."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class PromotionRefused(GateError):
+    """The policy does not allow it, or somebody else was first."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class SigningError(GateError):
+    """A key cannot be read, made or used."""
 
     exit_code = ExitCode.USAGE

@@ -1,4 +1,4 @@
-"""Canonical bytes, digests, strict JSON, and the in-toto statement that lists a bundle's files. Pure."""
+"""Canonical bytes, digests, strict JSON, and the names of files in a bundle. Pure."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ Timestamp = Annotated[
 RelativePath = Annotated[
     str,
     msgspec.Meta(
-        pattern="^[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*$",
+        pattern="^[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*(?!\\n)$",
         max_length=200,
         description="Path inside the bundle, with forward slashes and no part that begins with a dot.",
     ),
 ]
+
+
+NonFinite = Literal["NaN", "Infinity", "-Infinity"]
+"""Texts that stand for numbers that JSON does not have."""
+Number = float | NonFinite
 
 
 class FileDigest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,56 +46,15 @@ class FileDigest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size_bytes: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class SubjectDigest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The digests of a subject; SHA-256 alone."""
+class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """SHA-256 of what the verdict rests on; null where there was none."""
 
-    sha256: Sha256
-
-
-class Subject(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of a bundle: its path in it and its digest."""
-
-    name: RelativePath
-    digest: SubjectDigest
-
-
-class Predicate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the statement says of its subjects.
-
-    Args:
-        status: The verdict's.
-        evidence: The strongest evidence that the verdict rests on.
-        model_id, engine: What was judged.
-        metadata_sha256: Digest of `artifacts/metadata.json`, which holds the findings.
-        created: When the check ran.
-        gate_version: Of this package.
-    """
-
-    status: Literal["PASSED"]
-    evidence: Literal["preflight", "host", "device"]
-    model_id: str
-    engine: str
-    metadata_sha256: Sha256
-    created: Timestamp
-    gate_version: str
-
-
-class Statement(
-    msgspec.Struct,
-    frozen=True,
-    forbid_unknown_fields=True,
-    kw_only=True,
-    rename={"type": "_type", "predicate_type": "predicateType"},
-):
-    """An in-toto Statement v1 over every file of a bundle but the seals themselves.
-
-    Source: in-toto Attestation Framework, spec/v1/statement.md.
-    """
-
-    type: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
-    subject: Annotated[tuple[Subject, ...], msgspec.Meta(min_length=1)]
-    predicate_type: Literal["urn:trt-gate:verdict:v1"] = "urn:trt-gate:verdict:v1"
-    predicate: Predicate
+    reference: Sha256
+    data: Sha256
+    spec: Sha256
+    baseline: Sha256 | None
+    weights: Sha256 | None
+    calibration: Sha256 | None
 
 
 def sha256_hex(data: bytes) -> str:

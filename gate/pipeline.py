@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gate.engines import backend as backend_named
 from gate.engines.feed import profile_of
 from gate.engines.interface import CALIBRATION_NAME, Backend
-from gate.errors import BackendUnavailable, MeasurementError, ReferenceMismatch, RunError, SpecError
+from gate.errors import BackendUnavailable, DataError, MeasurementError, ReferenceMismatch, RunError, SpecError
 from gate.manifest import sha256_hex
 from gate.metrics.interface import MetricKind
-from gate.reference import RECORDING, RecordedGraph, external_data, write_recording
+from gate.reference import RECORDING, RecordedGraph, external_data, file_digest, onnx_digest, write_recording
 from gate.results import CheckRun, EngineResult, Provenance
 from gate.spec import EngineSpec, SpecFile
 from gate.steps.context import CheckOptions, Context, Observer, Silence, scores_output
@@ -24,6 +25,9 @@ from gate.steps.judge import check_engine
 from gate.steps.make import exported_graph, graph_name, lowered_graph
 from gate.steps.task import reference_values, require_task, task_kind
 from gate.verdict import Evidence, Status
+
+if TYPE_CHECKING:
+    from gate.store import Release
 
 __all__ = [
     "CheckOptions",
@@ -308,14 +312,29 @@ def _require_values(expected: Mapping[str, float], run: Context, kind: MetricKin
             )
 
 
-def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = Path("baselines")) -> tuple[Sealed, ...]:
+def seal_passed(
+    file: SpecFile,
+    run: CheckRun,
+    out: Path,
+    *,
+    baselines: Path = Path("baselines"),
+    release: Release | None = None,
+) -> tuple[Sealed, ...]:
     """Seal every engine of a run that passed, each into `out/<model>/<engine>`.
+
+    Args:
+        file: The spec.
+        run: The run.
+        out: Where the bundles go.
+        baselines: Where the accepted baselines lie.
+        release: What the verdicts are signed for, and who signs them; None: nobody.
 
     Raises:
         BundleError: A bundle cannot be written.
         DigestMismatch: An engine's file is not the one that was checked.
     """
     from gate.baseline import baseline_bytes
+    from gate.engines.containers import FALLBACK_PATH
     from gate.store import CALIBRATION_PATH, seal
 
     least = Evidence(file.spec.policy.seal_evidence)
@@ -336,6 +355,9 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
             reason = "its file is not at hand; run the check again"
         elif result.engine_path.endswith(".onnx") and (beside := external_data(Path(result.engine_path))):
             reason = f"its weights lie in other files, {', '.join(beside)}, which a bundle does not hold yet"
+        fallback = _fallback_graph(file, result) if reason is None else None
+        if isinstance(fallback, str):
+            reason = fallback
         if reason is not None or result.verdict is None or result.engine_path is None:
             sealed.append(Sealed(result.name, None, reason))
             continue
@@ -344,6 +366,8 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
             extra["baseline/baseline.json"] = baseline_bytes(result, run=run, root=baselines)
         if result.build is not None and "calibration_cache" in result.build.digests:
             extra[CALIBRATION_PATH] = Path(result.engine_path).with_name(CALIBRATION_NAME)
+        if isinstance(fallback, Path):
+            extra[FALLBACK_PATH] = fallback
         path = out / run.model_id / result.name
         seal(
             result.verdict.require_passed(),
@@ -353,9 +377,34 @@ def seal_passed(file: SpecFile, run: CheckRun, out: Path, *, baselines: Path = P
             extra=extra,
             out=path,
             replace=True,
+            release=release,
         )
         sealed.append(Sealed(result.name, path, None))
     return tuple(sealed)
+
+
+def _fallback_graph(file: SpecFile, result: EngineResult) -> Path | str | None:
+    """The graph that goes into an engine's bundle beside it; why it cannot, and with it the engine; or None.
+
+    None where none is asked for, and for an engine that is no plan or that the team brought as a plan.
+    """
+    engine = file.engine(result.name)
+    compiled = result.backend in ("tensorrt", "tensorrt_rtx") and engine.plan is None
+    if not file.spec.policy.seal_fallback or not compiled:
+        return None
+    asked = "[policy] seal_fallback asks for the graph that it was compiled from, and"
+    path = None if result.graph_path is None else Path(result.graph_path)
+    if path is None or not path.is_file():
+        return f"{asked} that is not at hand; run the check again"
+    try:
+        beside = external_data(path)
+        if result.graph_sha256 not in (file_digest(path), onnx_digest(path)):
+            return f"{asked} {path} was changed since; run the check again"
+    except DataError as err:
+        return f"{asked} {path} cannot be read: {err.message}"
+    if beside:
+        return f"{asked} its weights lie in other files, {', '.join(beside)}, which a bundle does not hold yet"
+    return path
 
 
 @_not_ended_by_user_code()

@@ -72,7 +72,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 
 def _is_sealed(path: Path) -> bool:
-    return path.parent.name == "policy" and (path.parents[1] / "seals" / "manifest.json").exists()
+    return path.parent.name == "policy" and (path.parents[1] / "seals" / "verdict.dsse.json").exists()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

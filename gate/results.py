@@ -257,6 +257,7 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         build: How it was made; None where it was not.
         engine_sha256: Digest of the engine's file.
         engine_path: Where it lies on this machine, while the run lasts; not in report.json.
+        graph_path, graph_sha256: Of the ONNX graph that it was built from, likewise; None where it was not.
         outputs, task: What was measured; `task` of classification, `scores` of any other task.
         latencies: One for each batch size and shape that was timed.
         stages: Of the whole pipeline.
@@ -282,6 +283,8 @@ class EngineResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     build: BuildRecord | None = None
     engine_sha256: str | None = None
     engine_path: str | None = None
+    graph_path: str | None = None
+    graph_sha256: str | None = None
     outputs: tuple[OutputMetrics, ...] = ()
     task: TaskMetrics | None = None
     scores: TaskValues | None = None
@@ -433,7 +436,7 @@ class CheckRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 def builtins_from(value: object) -> Any:
     """A struct as dicts, lists, strings and finite numbers, for JSON.
 
-    `durations_ns` and `engine_path` are left out, and a finding carries its computed `status` for readers.
+    Raw durations and paths are left out, and a finding carries its computed `status` for readers.
     """
     if isinstance(value, (Finding, Failure, EngineResult, CheckRun, Verdict)):
         raw = {name: builtins_from(getattr(value, name)) for name in value.__struct_fields__ if name not in NOT_STORED}
@@ -454,7 +457,7 @@ def builtins_from(value: object) -> Any:
     return value
 
 
-NOT_STORED = frozenset({"durations_ns", "pairs", "engine_path"})
+NOT_STORED = frozenset({"durations_ns", "pairs", "engine_path", "graph_path", "graph_sha256"})
 
 
 def run_from_builtins(raw: Any) -> CheckRun:

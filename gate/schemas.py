@@ -1,4 +1,4 @@
-"""JSON Schemas (2020-12) of the files that people and other programs read: spec, report, metadata and baseline.
+"""JSON Schemas (2020-12) of the files that people and other programs read, and of what is signed.
 
 The spec's schema takes its descriptions from the docstrings of gate.spec, so that an editor shows them.
 """
@@ -19,7 +19,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SPEC_ID = "urn:trt-gate:schema:gate:1"
 REPORT_ID = "urn:trt-gate:schema:report:1"
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
-KINDS = ("spec", "report", "metadata", "baseline")
+KINDS = ("spec", "report", "metadata", "baseline", "trust", "verdict", "approval", "ledger")
 
 _LIMITS = {"ParityLimits": "parity", "ParitySpec": "parity", "TaskLimits": "task", "MemorySpec": "memory"}
 """Tables whose keys are limits on the check of that group."""
@@ -37,9 +37,28 @@ def schema(kind: str) -> dict[str, Any]:
         from gate.metadata import metadata_schema
 
         return metadata_schema()
-    from gate.baseline import baseline_schema
+    if kind == "baseline":
+        from gate.baseline import baseline_schema
 
-    return baseline_schema()
+        return baseline_schema()
+    if kind == "trust":
+        from gate.release.policy import policy_schema
+
+        return policy_schema()
+    return signed_schema(kind)
+
+
+def signed_schema(kind: str) -> dict[str, Any]:
+    """The schema of what is signed: the payload of an envelope."""
+    from gate.release.statements import ApprovalStatement, LedgerEntry, VerdictStatement, statement_schema
+
+    found: dict[str, tuple[type[msgspec.Struct], str]] = {
+        "verdict": (VerdictStatement, "the verdict on a bundle, in seals/verdict.dsse.json"),
+        "approval": (ApprovalStatement, "an approval of a verdict, in seals/approval-*.dsse.json"),
+        "ledger": (LedgerEntry, "an entry of the ledger, one line of its file"),
+    }
+    struct, title = found[kind]
+    return statement_schema(struct, title, f"urn:trt-gate:schema:{kind}:1")
 
 
 def spec_schema() -> dict[str, Any]:

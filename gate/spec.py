@@ -20,6 +20,7 @@ from gate.errors import SpecError
 from gate.latency.config import LatencySpec, StagesSpec, UsageSpec, fixed_batch_problem, latency_problems, timed_tables
 from gate.postprocess.config import Postprocess, Tiling
 from gate.postprocess.config import problems as postprocess_problems
+from gate.toml_errors import KeyPath, conversion_error, did_you_mean, heading, line_of, tables_from_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,8 +37,6 @@ Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
 BackendName = Literal["onnxruntime", "tensorrt_rtx", "tensorrt", "torch"]
 QUANTIZED = ("int8", "fp8")
 """Precisions that need calibration, and whose answers decide."""
-
-KeyPath = tuple[str | int, ...]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -446,9 +445,12 @@ class PolicySpec(_Table, frozen=True):
 
     Args:
         seal_evidence: The least evidence that a sealed engine's verdict rests on.
+        seal_fallback: The ONNX graph that an engine was compiled from goes into its bundle as `artifacts/fallback.onnx`, for
+            machines that the engine does not fit.
     """
 
     seal_evidence: Literal["preflight", "host", "device"] = "host"
+    seal_fallback: bool = False
 
 
 class GateSpec(_Table, frozen=True, rename={"engines": "engine"}):
@@ -518,7 +520,8 @@ def read_spec(path: Path) -> SpecFile:
             itself, or asks for nothing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # As it stands, line ends included: its digest is that of the file.
+        text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise SpecError(
             "there is no such file", where=str(path), hint="write one: gate init module:function -o gate.toml"
@@ -538,12 +541,7 @@ def spec_from_text(text: str, *, path: Path) -> SpecFile:
     Raises:
         SpecError: As `read_spec`.
     """
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as err:
-        line = re.search(r"line (\d+)", str(err))
-        where = f"{path}:{line.group(1)}" if line else str(path)
-        raise SpecError(f"is not TOML: {err}", where=where) from err
+    raw = tables_from_text(text, path=path)
     if not raw:
         raise SpecError(
             "is empty",
@@ -555,10 +553,21 @@ def spec_from_text(text: str, *, path: Path) -> SpecFile:
             "there may be several engines: write [[engine]] in place of [engine]",
             where=f"{path}:{line_of(text, ('engine',))}",
         )
+    gathered = _with_task_limits(_with_axes(raw))
     try:
-        spec = msgspec.convert(_with_task_limits(_with_axes(raw)), GateSpec)
+        spec = msgspec.convert(gathered, GateSpec)
     except msgspec.ValidationError as err:
-        raise _spec_error(err, raw=raw, text=text, path=path) from err
+        raise conversion_error(
+            err,
+            kind=GateSpec,
+            raw=gathered,
+            text=text,
+            path=path,
+            whole="the spec",
+            in_file=_in_file,
+            elsewhere=_elsewhere,
+            distinct=frozenset({"precision"}),
+        ) from err
     file = SpecFile(path=path, text=text, spec=spec)
     for key, message in _contradictions(spec):
         raise SpecError(message, where=file.location(*key))
@@ -595,41 +604,13 @@ def _with_task_limits(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "engine": moved}
 
 
-def _spec_error(err: msgspec.ValidationError, *, raw: dict[str, Any], text: str, path: Path) -> SpecError:
-    """The decoder's message in the words of the spec: file and line, table, key, the nearest valid name."""
-    message, _, at = str(err).partition(" - at `")
-    key = _named_key(_key_path(at.rstrip("`")), raw)
-    typed = key
+def _in_file(key: KeyPath) -> KeyPath:
+    """Where the file has what `_with_axes` and `_with_task_limits` moved."""
     if key[:1] == ("engine",) and key[2:3] == ("task_limits",):
-        key = (*key[:2], "task", *key[3:])
+        return (*key[:2], "task", *key[3:])
     if key[:1] == ("inputs",) and len(key) > 2 and key[2] == "axes":
-        key = key[:2] + key[3:]
-    unknown = re.search(r"unknown field `(.*?)`", message)
-    if unknown:
-        name = unknown.group(1)
-        valid = sorted(_valid_keys(typed))
-        line = line_of(text, (*key, name))
-        belongs = _elsewhere(typed, name)
-        meant = f"; it belongs into {belongs}" if belongs else _did_you_mean(name, valid)
-        return SpecError(f"{_table(key)} has no key {name!r}{meant}", where=f"{path}:{line}")
-    missing = re.search(r"missing required field `(.*?)`", message)
-    if missing:
-        return SpecError(f"{_table(key)} needs {missing.group(1)!r}", where=f"{path}:{line_of(text, key)}")
-    got = _value_at(raw, key)
-    message = (
-        re.sub(r", got `[^`]*`$", "", message).replace(" | null", "").replace("`", "").replace("Expected", "expected")
-    )
-    if "matching regex" in message:
-        message = "takes letters, digits, '.', '_' and '-', and begins with a letter or digit"
-    shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
-    enum = re.search(r"Invalid enum value", message)
-    if enum and key:
-        choices = sorted(str(choice) for choice in _choices(typed))
-        message = f"must be {choices[0]}" if len(choices) == 1 else f"must be one of {', '.join(choices)}"
-        near = [] if key[-1] == "precision" else difflib.get_close_matches(str(got), choices, n=1, cutoff=0.55)
-        shown += f"; did you mean {near[0]!r}?" if near else ""
-    name = ".".join(str(part) for part in key[-1:])
-    return SpecError(f"{_table(key[:-1])} {name}: {message}{shown}", where=f"{path}:{line_of(text, key)}")
+        return key[:2] + key[3:]
+    return key
 
 
 def _elsewhere(key: KeyPath, name: str) -> str | None:
@@ -639,133 +620,8 @@ def _elsewhere(key: KeyPath, name: str) -> str | None:
     tables = {(): EngineSpec, ("options",): EngineOptions, ("lowering",): LoweringSpec}
     for path, table in tables.items():
         if name in table.__struct_fields__ and key[2:] != path:
-            return _table(("engine", *path)) if path else "[[engine]]"
+            return heading(("engine", *path), "the spec") if path else "[[engine]]"
     return None
-
-
-def _did_you_mean(name: str, valid: list[str]) -> str:
-    """`; did you mean 'x'?`, or the valid names where none is near."""
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.55)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    starts = [each for each in valid if name.startswith(each)]
-    if starts:
-        return f"; did you mean {max(starts, key=len)!r}?"
-    return f"; it takes {', '.join(valid)}" if valid else ""
-
-
-def _key_path(at: str) -> KeyPath:
-    """`$.engine[0].parity` as `("engine", 0, "parity")`; a dict's key is written `[...]` and left out by msgspec."""
-    parts: list[str | int] = []
-    for name, index in re.findall(r"\.([A-Za-z0-9_]+)|\[(\d+|\.\.\.)\]", at):
-        parts.append(name or (int(index) if index.isdigit() else "..."))
-    return tuple(parts)
-
-
-def _named_key(key: KeyPath, raw: Any) -> KeyPath:
-    """The key with the name of each table that the decoder left out: the first in which the error is found."""
-    if "..." not in key:
-        return key
-    at = key.index("...")
-    owner = _type_at(key[:at])
-    table = _value_at(_with_task_limits(_with_axes(raw)), key[:at])
-    for name, value in table.items() if isinstance(table, dict) else ():
-        try:
-            msgspec.convert({name: value}, dict[str, _python_type(owner)])  # type: ignore[misc]
-        except msgspec.ValidationError:
-            return _named_key((*key[:at], name, *key[at + 1 :]), raw)
-    return key[:at]
-
-
-def _python_type(node: Any) -> Any:
-    """The Python type of the values of a dict node."""
-    from msgspec import inspect as types
-
-    if isinstance(node.value_type, types.FloatType):
-        return float
-    values = getattr(node.value_type, "values", None)
-    return Literal[tuple(values)] if values else getattr(node.value_type, "cls", object)
-
-
-def _table(key: KeyPath) -> str:
-    """`[engine.parity]` for the key of a table."""
-    names = [str(part) for part in key if isinstance(part, str)]
-    return f"[{'.'.join(names)}]" if names else "the spec"
-
-
-def _type_at(key: KeyPath) -> Any:
-    """The type that the spec has at a key, or None."""
-    from msgspec import inspect as types
-
-    node: Any = types.type_info(GateSpec)
-    for part in key:
-        if isinstance(node, types.UnionType):
-            node = next(
-                (each for each in node.types if not isinstance(each, types.NoneType)),
-                None,
-            )
-        if isinstance(node, types.StructType):
-            node = next((field.type for field in node.fields if field.encode_name == part), None)
-        elif isinstance(node, types.VarTupleType):
-            node = node.item_type
-        elif isinstance(node, types.DictType):
-            node = node.value_type
-        else:
-            return None
-    if isinstance(node, types.UnionType):
-        node = next((each for each in node.types if not isinstance(each, types.NoneType)), None)
-    return node
-
-
-def _valid_keys(key: KeyPath) -> Iterator[str]:
-    """The keys that the table at `key` takes."""
-    node = _type_at(key)
-    for field in getattr(node, "fields", ()):
-        if field.encode_name != "axes":
-            yield field.encode_name
-
-
-def _choices(key: KeyPath) -> tuple[object, ...]:
-    """The literal values that are allowed at a key."""
-    return tuple(getattr(_type_at(key), "values", ()))
-
-
-def _value_at(raw: Any, key: KeyPath) -> Any:
-    """The raw value at a key, or None."""
-    for part in key:
-        try:
-            raw = raw[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return raw
-
-
-def line_of(text: str, key: KeyPath) -> int:
-    """The line, from 1, on which a key of a TOML text is set; its nearest parent's where it is absent.
-
-    The prefixes of the text are parsed by the TOML parser itself: a key stands in the first line after the
-    longest prefix without it. So strings, inline tables and arrays over several lines need no grammar here.
-    """
-    lines = text.splitlines()
-    depth, line, complete = 0, 1, 0
-    for number in range(1, len(lines) + 1):
-        try:
-            raw: Any = tomllib.loads("\n".join(lines[:number]) + "\n")
-        except tomllib.TOMLDecodeError:
-            continue
-        reached = 0
-        for part in key:
-            try:
-                raw = raw[part]
-            except (KeyError, IndexError, TypeError):
-                break
-            reached += 1
-        if reached > depth:
-            depth, line = reached, complete + 1
-            if depth == len(key):
-                break
-        complete = number
-    return line
 
 
 def _contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
@@ -900,7 +756,7 @@ def _input_contradictions(spec: GateSpec) -> Iterator[tuple[KeyPath, str]]:
                 yield (
                     (*key, axis),
                     f"[inputs.{name}] has no key {axis!r}, and its shape no such axis"
-                    f"{_did_you_mean(axis, ['dtype', 'shape', *named])}",
+                    f"{did_you_mean(axis, ['dtype', 'shape', *named])}",
                 )
             if not sizes.min <= sizes.opt <= sizes.max:
                 yield (
@@ -1021,7 +877,7 @@ def _measurement_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[
             if name not in others:
                 yield (
                     ("memory", "together_with"),
-                    f"together_with names {name!r}, which is no other engine{_did_you_mean(name, others)}",
+                    f"together_with names {name!r}, which is no other engine{did_you_mean(name, others)}",
                 )
         together = [key for key in memory.budgets if key.startswith("together")]
         if bool(memory.together_with) != bool(together):
@@ -1045,7 +901,7 @@ def _measurement_contradictions(spec: GateSpec, engine: EngineSpec) -> Iterator[
                 yield (
                     table.key,
                     f"[engine.latency] against = {name!r} is neither baseline, reference, an engine nor the path of a bundle"
-                    f"{_did_you_mean(name, ['baseline', 'reference', *others])}",
+                    f"{did_you_mean(name, ['baseline', 'reference', *others])}",
                 )
     if engine.usage is not None:
         budgets = ("power_w", "energy_mj", "gpu_percent_at_least", "cpu_percent_at_most")
@@ -1153,7 +1009,7 @@ def _profile_contradictions(
     axes = _axes(spec)
     for axis, sizes in ranges.items():
         if axis not in axes:
-            yield key, f"profile {index} has axis {axis!r}, which no input has{_did_you_mean(axis, list(axes))}"
+            yield key, f"profile {index} has axis {axis!r}, which no input has{did_you_mean(axis, list(axes))}"
         elif not axes[axis].min <= sizes.min <= sizes.opt <= sizes.max <= axes[axis].max:
             yield (
                 key,

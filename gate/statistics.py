@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from gate.errors import MeasurementError
 from gate.verdict import Interval
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    _Floats = npt.NDArray[np.float64]
+
 Z_95 = 1.645
 """One-sided 95 % quantile of the normal distribution, as rounded in the Agresti-Min bound of docs/findings.md."""
-
-_Floats = npt.NDArray[np.float64]
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
@@ -52,6 +54,8 @@ def _binomial_sf(k: int, n: int, p: float) -> float:
 
 def _lower_tail(k: int, n: int, p: float) -> float:
     """P(X <= k), summed downward from k."""
+    import numpy as np
+
     odds = (1.0 - p) / p
     total, last, top = 1.0, 1.0, k
     while top > 0:
@@ -380,6 +384,8 @@ class ExactSum:
             self._add(values[start : start + (1 << 24)])
 
     def _add(self, values: _Floats) -> None:
+        import numpy as np
+
         if not np.isfinite(values).all():
             self._finite = False
             return
@@ -429,6 +435,8 @@ def is_among_best(scores: npt.NDArray[np.floating], chosen: npt.NDArray[np.int64
     Returns:
         bool [N].
     """
+    import numpy as np
+
     own = np.take_along_axis(scores, chosen[:, None], axis=1)
     not_worse = np.count_nonzero(scores >= own, axis=1)
     among: npt.NDArray[np.bool_] = not_worse <= k

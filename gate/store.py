@@ -1,24 +1,30 @@
-"""Sealed bundles: written whole, verified before anything in them is opened.
+"""Sealed bundles: written whole, checked before anything in them is opened.
 
-    bundle/artifacts/model.plan (or model.onnx, model.pt2), metadata.json, calibration.cache
+    bundle/artifacts/model.plan (or model.onnx, model.pt2), metadata.json, calibration.cache, fallback.onnx
     bundle/baseline/baseline.json       where the engine was judged by one
     bundle/evidence/metrics.json, environment.json, scores.json, latency.json
     bundle/policy/gate.toml
-    bundle/seals/manifest.json          in-toto Statement v1 over every file above
+    bundle/seals/verdict.dsse.json      in-toto Statement v1 over every file above, in a DSSE envelope
+    bundle/seals/approval-*.dsse.json   approvals of that verdict
 
-The statement is not signed: `verify` finds what was damaged, added, removed or edited in part. Whoever can rewrite every
-file of a bundle can make one that verifies, so a bundle is as trustworthy as the place it was taken from.
+What is here looks at a bundle alone: that it is whole, and follows from its own numbers. Whoever can rewrite every file of
+a bundle can make one of which that holds; whose signature is on it, and what it may be deployed as, `gate.verification`
+asks a trust policy.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import io
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import msgspec
 
@@ -29,11 +35,7 @@ from gate.latency.config import latency_limits
 from gate.manifest import (
     MAX_JSON_BYTES,
     FileDigest,
-    Predicate,
     RelativePath,
-    Statement,
-    Subject,
-    SubjectDigest,
     canonical_json,
     pretty_json,
     sha256_hex,
@@ -53,13 +55,25 @@ from gate.metadata import (
     metadata_of,
     sealed_scores,
 )
-from gate.metrics.findings import TILED, unpacked
-from gate.metrics.kinds import kind_named
+from gate.release.statements import (
+    IN_TOTO,
+    Envelope,
+    Size,
+    StatedDevice,
+    StatedFinding,
+    Subject,
+    SubjectDigest,
+    VerdictPredicate,
+    VerdictStatement,
+    envelope_from_bytes,
+    payload_of,
+    statement_from_payload,
+)
 from gate.results import CheckRun, EngineResult, builtins_from
 from gate.spec import latency_tables_of
 from gate.verdict import Evidence, PassedVerdict
 
-MANIFEST_PATH = "seals/manifest.json"
+VERDICT_PATH = "seals/verdict.dsse.json"
 BASELINE_PATH = "baseline/baseline.json"
 METRICS_PATH = "evidence/metrics.json"
 SCORES_PATH = "evidence/scores.json"
@@ -69,6 +83,9 @@ SPEC_PATH = "policy/gate.toml"
 CALIBRATION_PATH = "artifacts/calibration.cache"
 ENGINE_PATHS = ("artifacts/model.onnx", "artifacts/model.plan", "artifacts/model.pt2")
 MAX_FILES = 1000
+VALID_DAYS = 90
+"""How long a verdict holds where nobody says how long."""
+_APPROVAL = re.compile(r"seals/approval-[0-9a-f]{16}-[A-Za-z0-9][A-Za-z0-9_.-]{0,59}\.dsse\.json")
 _READ = (
     METADATA_PATH,
     METRICS_PATH,
@@ -81,12 +98,38 @@ _READ = (
 )
 
 
+class Signs(Protocol):
+    """What signs the verdict, such as gate.signing.KeySigner."""
+
+    def sign(self, payload: bytes, payload_type: str) -> Envelope:
+        """An envelope with one signature over the payload."""
+        ...
+
+
+@dataclass(frozen=True)
+class Release:
+    """What the verdict of a bundle is signed for.
+
+    Args:
+        slots: What it may be deployed as.
+        serial: Higher than that of each verdict before it, of the same model and slots; None: the time of the check, in
+            seconds since 1970.
+        valid_days: How long it holds, from the check on.
+        signer: Signs it; None: nobody does.
+    """
+
+    slots: tuple[str, ...] = ()
+    serial: int | None = None
+    valid_days: float = VALID_DAYS
+    signer: Signs | None = None
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a verification.
 
     Args:
-        name: `tree`, `statement`, `digests`, `schema`, `verdict`, `evidence`.
+        name: `tree`, `policy`, `signature`, `schema`, `digests`, `subject`, `verdict`, `freshness`, `approvals`.
         ok: Whether it holds.
         detail: What was looked at, or what is wrong.
     """
@@ -97,24 +140,33 @@ class Step:
 
 
 @dataclass(frozen=True)
-class VerifiedBundle:
-    """A bundle whose every file is what was sealed, at the moment it was read.
+class SealedBundle:
+    """A bundle whose every file is what was sealed, at the moment it was read. Nothing says who sealed it.
 
     Args:
         folder: Where it lies.
         metadata: Of its engine.
         statement: That lists its files.
+        verdict_sha256: Of the statement's bytes, which a signature is over.
+        signed_by: Ids of the keys that are said to have signed; nobody looked whether they did.
         files: Every file but the seals, by its path in the bundle.
         engine: The engine's file.
-        steps: What was verified, in order.
+        steps: What was looked at, in order.
     """
 
     folder: Path
     metadata: Metadata
-    statement: Statement
+    statement: VerdictStatement
+    verdict_sha256: str
+    signed_by: tuple[str, ...]
     files: Mapping[str, FileDigest]
     engine: Path
     steps: tuple[Step, ...]
+
+
+def approval_path(keyid: str, slot: str) -> str:
+    """Where the approval by a key, for a slot, lies in a bundle."""
+    return f"seals/approval-{keyid[:16]}-{slot}.dsse.json"
 
 
 def seal(
@@ -126,10 +178,11 @@ def seal(
     extra: Mapping[str, bytes | Path],
     out: Path,
     replace: bool = False,
-) -> VerifiedBundle:
-    """Write a bundle of an engine that passed. It appears whole, in one rename, and has been verified by then.
+    release: Release | None = None,
+) -> SealedBundle:
+    """Write a bundle of an engine that passed. It appears whole, in one rename, and has been checked by then.
 
-    Sealing the same run again gives the same bytes, and finds the bundle there.
+    Sealing the same run again gives the same statement, and finds the bundle there.
 
     Args:
         passed: The engine's verdict.
@@ -138,16 +191,19 @@ def seal(
         engine_file: The engine; copied, and hashed while it is.
         extra: More files by their path in the bundle: `policy/gate.toml`, the spec's bytes, always;
             `baseline/baseline.json` where the engine was judged by one; `artifacts/calibration.cache` where TensorRT
-            calibrated it.
+            calibrated it; `artifacts/fallback.onnx`, the graph it was compiled from.
         out: The bundle's folder.
         replace: Take the place of another bundle that is there. What is no bundle is never replaced.
+        release: What the verdict is signed for, and who signs it.
 
     Raises:
         BundleError: The verdict is not this engine's, a file is missing, reserved or ill-named, the spec or the baseline
             is not the one it was judged by, or `out` is taken.
         DigestMismatch: The engine's file is not the one that was checked.
+        SigningError: The signer cannot sign.
         GateError: The disk is full or may not be written to.
     """
+    release = release or Release()
     _require_one_story(passed, run, result)
     _require_extra(extra, result)
     with_evidence: dict[str, bytes | Path] = {**extra, **_evidence(run, result)}
@@ -155,33 +211,69 @@ def seal(
     if taken and replace and not _is_bundle(out):
         raise BundleError("is there already and is no bundle, so it is not replaced", where=str(out))
     with atomic.folder(out, existing="replace" if replace else "keep") as temporary:
+        made = temporary.stat()
         files = {engine_path_of(result.backend): _copy_engine(engine_file, temporary, result)}
         for name, content in sorted(with_evidence.items()):
             files[name] = _write(temporary / name, content)
         metadata = metadata_of(run, result, dict(sorted(files.items())))
         data = metadata_bytes(metadata)
         files[METADATA_PATH] = _write(temporary / METADATA_PATH, data)
-        statement = pretty_json(msgspec.to_builtins(_statement(metadata, files)))
-        _write(temporary / MANIFEST_PATH, statement)
+        payload = payload_of(_statement(metadata, files, release_of(release, metadata.created)))
+        envelope = Envelope(payload, IN_TOTO, ()) if release.signer is None else release.signer.sign(payload, IN_TOTO)
+        _write(temporary / VERDICT_PATH, envelope.to_bytes())
         try:
-            verify(temporary)
+            sealed = verify_seal(temporary, known=files)
         except GateError as err:
             raise BundleError(
                 f"engine {result.name!r} cannot be sealed: {_inside(err, temporary)}", where=str(out)
             ) from err
+    there = out.stat()
+    if (there.st_dev, there.st_ino) == (made.st_dev, made.st_ino):
+        return _moved(sealed, out)
     try:
-        sealed = verify(out)
+        kept = verify_seal(out)
     except BundleError as err:
         raise BundleError(
             "is there already and does not verify, so it was kept", where=str(out), hint=str(err)
         ) from err
-    if sha256_hex(_read_manifest(out)) != sha256_hex(statement):
+    if kept.verdict_sha256 != sha256_hex(payload):
         raise BundleError(
             "is there already and holds another bundle",
             where=str(out),
             hint="Seal into another folder, or replace it.",
         )
-    return sealed
+    return kept
+
+
+def release_of(release: Release, created: str) -> _Stated:
+    """What the statement says of a release: slots in order, serial, and its end.
+
+    Raises:
+        BundleError: It would end before it began, or beyond the calendar.
+    """
+    began = dt.datetime.fromisoformat(created.replace("Z", "+00:00"))
+    if not (math.isfinite(release.valid_days) and release.valid_days > 0):
+        raise BundleError(f"a verdict cannot hold for {release.valid_days:g} days")
+    try:
+        ends = began + dt.timedelta(days=release.valid_days)
+    except OverflowError:
+        raise BundleError(f"a verdict cannot hold for {release.valid_days:g} days") from None
+    serial = int(began.timestamp()) if release.serial is None else release.serial
+    return _Stated(tuple(sorted(set(release.slots))), serial, ends.strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """What a statement says that does not follow from the metadata."""
+
+    slots: tuple[str, ...]
+    serial: int
+    not_after: str
+
+
+def _moved(sealed: SealedBundle, out: Path) -> SealedBundle:
+    engine = out / sealed.engine.relative_to(sealed.folder)
+    return dataclasses.replace(sealed, folder=out, engine=engine)
 
 
 def engine_path_of(backend: str) -> str:
@@ -255,7 +347,7 @@ def _copy_engine(engine_file: Path, folder: Path, result: EngineResult) -> FileD
     target = folder / engine_path_of(result.backend)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic.open_regular(engine_file) as source, target.open("xb") as copy:
-        digest = atomic.digest_of_stream(source, copy_to=copy)
+        digest = atomic.copy_hashed(source, copy)
     if digest.sha256 != result.engine_sha256:
         raise DigestMismatch(
             f"is not the engine that was checked: its sha256 is {digest.sha256[:12]}…, "
@@ -273,19 +365,45 @@ def _write(path: Path, content: bytes | Path) -> FileDigest:
             file.write(content)
         return FileDigest(sha256=sha256_hex(content), size_bytes=len(content))
     with atomic.open_regular(content) as source, path.open("xb") as copy:
-        return atomic.digest_of_stream(source, copy_to=copy)
+        return atomic.copy_hashed(source, copy)
 
 
-def _statement(metadata: Metadata, files: Mapping[str, FileDigest]) -> Statement:
-    return Statement(
-        subject=tuple(Subject(name, SubjectDigest(files[name].sha256)) for name in sorted(files)),
-        predicate=Predicate(
+def _statement(metadata: Metadata, files: Mapping[str, FileDigest], stated: _Stated) -> VerdictStatement:
+    return VerdictStatement(
+        subject=tuple(
+            Subject(name, SubjectDigest(files[name].sha256), Size(files[name].size_bytes)) for name in sorted(files)
+        ),
+        predicate=VerdictPredicate(
             status=metadata.verdict.status,
             evidence=metadata.verdict.evidence.value,
             model_id=metadata.model_id,
             engine=metadata.engine,
-            metadata_sha256=files[METADATA_PATH].sha256,
+            slots=stated.slots,
+            serial=stated.serial,
             created=metadata.created,
+            not_after=stated.not_after,
+            metadata_sha256=files[METADATA_PATH].sha256,
+            engine_sha256=files[engine_path_of(metadata.backend)].sha256,
+            digests=metadata.digests,
+            device=StatedDevice(
+                name=metadata.device.name,
+                compute_capability=metadata.device.compute_capability,
+                driver=metadata.device.driver,
+            ),
+            findings=tuple(
+                StatedFinding(
+                    check=each.check,
+                    estimate=each.estimate,
+                    lower=each.interval.lower,
+                    upper=each.interval.upper,
+                    kind=each.limit.kind,
+                    limit=each.limit.value,
+                    n=each.n,
+                    outcome=each.finding().status.value,
+                    evidence=each.evidence.value,
+                )
+                for each in metadata.verdict.findings
+            ),
             gate_version=metadata.gate_version,
         ),
     )
@@ -300,7 +418,7 @@ def _is_taken(out: Path) -> bool:
 
 
 def _is_bundle(out: Path) -> bool:
-    return stat.S_ISDIR(out.lstat().st_mode) and (out / MANIFEST_PATH).is_file()
+    return stat.S_ISDIR(out.lstat().st_mode) and (out / VERDICT_PATH).is_file()
 
 
 def _inside(err: GateError, folder: Path) -> str:
@@ -308,76 +426,109 @@ def _inside(err: GateError, folder: Path) -> str:
     return f"{where}: {err.message}" if where else err.message
 
 
-def _read_manifest(bundle: Path) -> bytes:
-    return atomic.read_regular(bundle / MANIFEST_PATH, limit_bytes=MAX_JSON_BYTES, single_link=True)
-
-
-def verify(
+def verify_seal(
     bundle: Path,
     *,
     require_evidence: Evidence | None = None,
     on_step: Callable[[Step], None] | None = None,
-) -> VerifiedBundle:
-    """Verify a bundle: nothing in it is loaded, each file is opened once, and the first thing that is wrong ends it.
+    known: Mapping[str, FileDigest] | None = None,
+) -> SealedBundle:
+    """Check a bundle by itself: nothing in it is loaded, each file is opened once, the first thing that is wrong ends it.
 
     Args:
         bundle: Its folder.
         require_evidence: The least evidence that its verdict may rest on.
         on_step: Told each step when it is done, the one that fails included.
+        known: Digests of files that this process wrote there and hashed as it did; they are not hashed again.
 
     Raises:
         BundleError: It is not there, or a file is missing, a link, or not strict JSON.
         DigestMismatch: A file's bytes are not the bytes that were sealed.
         VerificationError: Files were added or removed, or the metadata contradicts its schema or its own numbers.
     """
-    return _Verification(bundle, require_evidence, on_step).run()
+    check = SealCheck(bundle, known=known or {})
+    steps = Steps(bundle, on_step)
+    with check:
+        steps.take("tree", check.tree)
+        steps.take("signature", check.said_signed)
+        steps.take("schema", check.schema)
+        steps.take("digests", check.digests)
+        steps.take("verdict", lambda: check.verdict(require_evidence))
+    return SealedBundle(
+        folder=bundle,
+        metadata=check.metadata,
+        statement=check.statement,
+        verdict_sha256=check.verdict_sha256,
+        signed_by=tuple(each.keyid for each in check.envelope.signatures),
+        files=dict(check.files),
+        engine=bundle / check.engine,
+        steps=tuple(steps.taken),
+    )
 
 
-class _Verification:
-    """The state of one verification: what each step leaves to the next."""
+class Steps:
+    """The steps of a verification as they are taken; the first that fails ends it."""
 
-    def __init__(self, bundle: Path, require_evidence: Evidence | None, on_step: Callable[[Step], None] | None) -> None:
+    def __init__(self, bundle: Path, on_step: Callable[[Step], None] | None) -> None:
         self.bundle = bundle
-        self.require_evidence = require_evidence
         self.on_step = on_step
-        self.steps: list[Step] = []
-        self.names: tuple[str, ...] = ()
-        self.statement: Statement
-        self.metadata: Metadata
-        self.files: dict[str, FileDigest] = {}
-        self.contents: dict[str, bytes] = {}
+        self.taken: list[Step] = []
 
-    def run(self) -> VerifiedBundle:
-        """All steps, in order."""
-        for name, step in (
-            ("tree", self.tree),
-            ("statement", self.read_statement),
-            ("digests", self.digests),
-            ("schema", self.schema),
-            ("verdict", self.verdict),
-            ("evidence", self.evidence),
-        ):
-            try:
-                done = Step(name, ok=True, detail=step())
-            except GateError as err:
-                self.tell(Step(name, ok=False, detail=_inside(err, self.bundle)))
-                raise
-            self.tell(done)
-        engine = next(name for name in self.names if name in ENGINE_PATHS)
-        return VerifiedBundle(
-            folder=self.bundle,
-            metadata=self.metadata,
-            statement=self.statement,
-            files=dict(self.files),
-            engine=self.bundle / engine,
-            steps=tuple(self.steps),
-        )
+    def take(self, name: str, step: Callable[[], str]) -> None:
+        """Take one step and tell how it went.
 
-    def tell(self, step: Step) -> None:
-        """Keep a step and pass it on."""
-        self.steps.append(step)
+        Raises:
+            GateError: As the step.
+        """
+        try:
+            done = Step(name, ok=True, detail=step())
+        except GateError as err:
+            self._tell(Step(name, ok=False, detail=_inside(err, self.bundle)))
+            raise
+        self._tell(done)
+
+    def _tell(self, step: Step) -> None:
+        self.taken.append(step)
         if self.on_step is not None:
             self.on_step(step)
+
+
+@dataclass
+class SealCheck:
+    """The state of one look at a bundle: what each step leaves to the next. The steps are called in their order here.
+
+    Closing it closes the files that it kept open.
+
+    Args:
+        bundle: The folder.
+        known: As for `verify_seal`.
+        keep_open: Keep a descriptor of each file below `artifacts/` and `policy/`: the one that was hashed.
+    """
+
+    bundle: Path
+    known: Mapping[str, FileDigest] = field(default_factory=dict)
+    keep_open: bool = False
+    names: tuple[str, ...] = ()
+    approvals: tuple[str, ...] = ()
+    envelope: Envelope = field(init=False)
+    verdict_sha256: str = ""
+    statement: VerdictStatement = field(init=False)
+    metadata: Metadata = field(init=False)
+    engine: str = ""
+    files: dict[str, FileDigest] = field(default_factory=dict)
+    contents: dict[str, bytes] = field(default_factory=dict)
+    opened: dict[str, BinaryIO] = field(default_factory=dict)
+
+    def __enter__(self) -> SealCheck:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file that was kept open."""
+        while self.opened:
+            self.opened.popitem()[1].close()
 
     def where(self, name: str) -> str:
         """A file of the bundle, for errors."""
@@ -385,58 +536,64 @@ class _Verification:
 
     def tree(self) -> str:
         """Regular files only, one link each; no links, no dot-files, no empty folders, no pipes."""
-        self.names = tuple(sorted(_names(self.bundle, "")))
-        for name in (MANIFEST_PATH, METADATA_PATH):
-            if name not in self.names:
+        found = tuple(sorted(_names(self.bundle, "")))
+        for name in (VERDICT_PATH, METADATA_PATH):
+            if name not in found:
                 raise VerificationError("is missing", where=self.where(name))
+        seals = [name for name in found if name.startswith("seals/")]
+        self.approvals = tuple(name for name in seals if _APPROVAL.fullmatch(name))
+        if added := sorted({*seals} - {*self.approvals, VERDICT_PATH}):
+            raise VerificationError("was not sealed: it was added", where=self.where(added[0]))
+        self.names = tuple(name for name in found if name not in seals)
         return f"{len(self.names)} files, regular, no links"
 
-    def read_statement(self) -> str:
-        """The list of files, which is exactly the files that are there."""
-        where = self.where(MANIFEST_PATH)
-        data = _read_manifest(self.bundle)
-        raw = strict_json(data, where=where)
-        try:
-            self.statement = msgspec.convert(raw, Statement)
-        except msgspec.ValidationError as err:
-            raise VerificationError(f"is not a statement over a bundle: {err}", where=where) from err
-        if data != pretty_json(raw):
-            raise VerificationError("is not written as sealing writes it", where=where)
+    def read_envelope(self) -> Envelope:
+        """The envelope of the verdict, whose payload is not looked at yet."""
+        where = self.where(VERDICT_PATH)
+        data = atomic.read_regular(self.bundle / VERDICT_PATH, limit_bytes=MAX_JSON_BYTES, single_link=True)
+        self.envelope = envelope_from_bytes(data, payload_type=IN_TOTO, where=where)
+        self.verdict_sha256 = sha256_hex(self.envelope.payload)
+        return self.envelope
+
+    def said_signed(self) -> str:
+        """What the envelope says of its signatures, which nobody looks at without a policy."""
+        signatures = self.read_envelope().signatures
+        if not signatures:
+            return "not signed"
+        said = ", ".join(f"key {each.keyid[:12]}…" for each in signatures)
+        return f"by {said}; not checked without --policy"
+
+    def schema(self) -> str:
+        """Statement and metadata are what their schemas allow; the statement lists exactly the files that are there."""
+        where = self.where(VERDICT_PATH)
+        self.statement = statement_from_payload(self.envelope.payload, VerdictStatement, where=where)
+        status = self.statement.predicate.status
+        if status != "PASSED":
+            raise VerificationError(f"its verdict is {status}: only what PASSED is released", where=where)
         listed = [subject.name for subject in self.statement.subject]
         if len(set(listed)) != len(listed):
             raise VerificationError("lists a file twice", where=where)
+        added = sorted(set(self.names) - set(listed))
         if missing := sorted(set(listed) - set(self.names)):
-            raise VerificationError("was sealed and is missing", where=self.where(missing[0]))
-        if added := sorted(set(self.names) - set(listed) - {MANIFEST_PATH}):
+            hint = f"Not sealed, and there: {added[0]}" if added else None
+            raise VerificationError("was sealed and is missing", where=self.where(missing[0]), hint=hint)
+        if added:
             raise VerificationError("was not sealed: it was added", where=self.where(added[0]))
-        if METADATA_PATH not in listed or len([name for name in listed if name in ENGINE_PATHS]) != 1:
+        engines = [name for name in listed if name in ENGINE_PATHS]
+        if METADATA_PATH not in listed or len(engines) != 1:
             raise VerificationError("does not list one engine and its metadata", where=where)
-        return f"{len(listed)} subjects, not signed"
+        self.engine = engines[0]
+        self._hash(next(each for each in self.statement.subject if each.name == METADATA_PATH))
+        where = self.where(METADATA_PATH)
+        self.metadata = metadata_from_bytes(self.contents[METADATA_PATH], where=where)
+        return "metadata.json, verdict statement"
 
     def digests(self) -> str:
         """Every file hashed, from one opening of it; what later steps read is what was hashed."""
         for subject in self.statement.subject:
-            path = self.bundle / subject.name
-            kept = io.BytesIO() if subject.name in _READ else None
-            with atomic.open_regular(path, single_link=True) as stream:
-                limit = MAX_JSON_BYTES
-                if kept is not None and os.fstat(stream.fileno()).st_size > limit:
-                    raise VerificationError(f"is too long: the limit is {limit} bytes", where=str(path))
-                got = atomic.digest_of_stream(stream, copy_to=kept)
-            if got.sha256 != subject.digest.sha256:
-                raise DigestMismatch(
-                    f"its sha256 is {got.sha256[:12]}…, sealed was {subject.digest.sha256[:12]}…", where=str(path)
-                )
-            self.files[subject.name] = got
-            if kept is not None:
-                self.contents[subject.name] = kept.getvalue()
-        count = len(self.files)
-        return f"{count} of {count}"
-
-    def schema(self) -> str:
-        """The metadata is what its schema allows, and lists the same files as the statement."""
+            if subject.name not in self.files:
+                self._hash(subject)
         where = self.where(METADATA_PATH)
-        self.metadata = metadata_from_bytes(self.contents[METADATA_PATH], where=where)
         others = {name: digest for name, digest in self.files.items() if name != METADATA_PATH}
         for name in sorted({*others, *self.metadata.files}):
             if others.get(name) != self.metadata.files.get(name):
@@ -446,44 +603,74 @@ class _Verification:
                 f"backend {self.metadata.backend!r} has its engine in {engine_path_of(self.metadata.backend)}",
                 where=where,
             )
-        if self.statement != _statement(self.metadata, self.files):
-            raise VerificationError(
-                "its predicate or order is not that of the metadata", where=self.where(MANIFEST_PATH)
-            )
-        return "metadata.json, statement"
+        count = len(self.files)
+        return f"{count} of {count}"
 
-    def verdict(self) -> str:
-        """Every status computed again from its numbers."""
+    def _hash(self, subject: Subject) -> None:
+        """Hash one file as it is read; what is read again later is kept in memory, or open."""
+        name, path = subject.name, self.bundle / subject.name
+        kept = io.BytesIO() if name in _READ else None
+        stream = atomic.open_regular(path, single_link=True)
+        try:
+            if kept is not None and os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
+                raise VerificationError(f"is too long: the limit is {MAX_JSON_BYTES} bytes", where=str(path))
+            hashed = self.known.get(name) if kept is None else None
+            got = atomic.digest_of_stream(stream, copy_to=kept) if hashed is None else hashed
+            if got.sha256 != subject.digest.sha256:
+                raise DigestMismatch(
+                    f"its sha256 is {got.sha256[:12]}…, sealed was {subject.digest.sha256[:12]}…", where=str(path)
+                )
+            self.files[name] = got
+            if kept is not None:
+                self.contents[name] = kept.getvalue()
+            if self.keep_open and name.startswith(("artifacts/", "policy/")):
+                self.opened[name] = stream
+        finally:
+            if name not in self.opened:
+                stream.close()
+
+    def verdict(self, require_evidence: Evidence | None) -> str:
+        """Every status computed again from its numbers, and the numbers from the files beside them."""
         where = self.where(METADATA_PATH)
         for message in contradictions(self.metadata, self.latency()):
             raise VerificationError(message, where=where)
+        self._same_story()
+        self.evidence()
         verdict = self.metadata.verdict
-        if self.require_evidence is not None and verdict.evidence.rank < self.require_evidence.rank:
+        if require_evidence is not None and verdict.evidence.rank < require_evidence.rank:
             raise VerificationError(
-                f"its evidence is {verdict.evidence.value!r}, asked for is {self.require_evidence.value!r}", where=where
+                f"its evidence is {verdict.evidence.value!r}, asked for is {require_evidence.value!r}", where=where
             )
         count = len(verdict.findings)
         return f"{verdict.status}, {count} findings recomputed, evidence: {verdict.evidence.value}"
+
+    def _same_story(self) -> None:
+        """The statement says what the metadata says."""
+        said = self.statement.predicate
+        if self.statement != _statement(
+            self.metadata, self.files, _Stated(tuple(sorted(set(said.slots))), said.serial, said.not_after)
+        ):
+            raise VerificationError(
+                "its predicate or order is not that of the metadata", where=self.where(VERDICT_PATH)
+            )
 
     def latency(self) -> LatencyEvidence | None:
         """Every raw latency; None where the engine was not timed."""
         data = self.contents.get(LATENCY_PATH)
         return None if data is None else latency_from_bytes(data, where=self.where(LATENCY_PATH))
 
-    def evidence(self) -> str:
+    def evidence(self) -> None:
         """The files beside the engine say what the metadata says."""
-        digests, looked = self.metadata.digests, []
+        digests = self.metadata.digests
         raw = strict_json(self.contents[METADATA_PATH])
         for name, key in ((METRICS_PATH, "metrics"), (ENVIRONMENT_PATH, "device")):
             content = strict_json(self.require(name), where=self.where(name))
             value = content if key == "metrics" else content.get("device") if isinstance(content, dict) else None
             if value != raw[key]:
                 raise VerificationError(f"differs from {key} in the metadata", where=self.where(name))
-            looked.append(key)
         if sha256_hex(self.require(SPEC_PATH)) != digests.spec:
             raise DigestMismatch("is not the spec that the engine was judged by", where=self.where(SPEC_PATH))
         self.latency_limits()
-        looked.append("spec")
         where = self.where(BASELINE_PATH)
         if (BASELINE_PATH in self.contents) != (digests.baseline is not None):
             raise VerificationError("the metadata and the bundle do not agree on a baseline", where=where)
@@ -495,15 +682,8 @@ class _Verification:
             if baseline.digest != digests.baseline:
                 raise DigestMismatch("is not the baseline that the engine was judged by", where=where)
             self.accepted_engine(baseline.engine_sha256)
-            looked.append("baseline")
-        if self.scores():
-            looked.append("scores")
+        self.scores()
         self.calibration()
-        if CALIBRATION_PATH in self.contents:
-            looked.append("calibration")
-        if LATENCY_PATH in self.contents:
-            looked.append("latency")
-        return ", ".join(looked)
 
     def latency_limits(self) -> None:
         """The latency findings are those that the spec asks for, with its limits, of what it says is timed.
@@ -542,14 +722,17 @@ class _Verification:
                         where=self.where(BASELINE_PATH),
                     )
 
-    def scores(self) -> bool:
-        """The task's values are those that the samples' contributions give; False where there is no such task."""
+    def scores(self) -> None:
+        """The task's values, where there is such a task, are those that the samples' contributions give."""
         where = self.where(SCORES_PATH)
         said = self.metadata.metrics.scores
         if (said is None) != (SCORES_PATH not in self.contents):
             raise VerificationError("the metadata and the bundle do not agree on the task's scores", where=where)
         if said is None:
-            return False
+            return
+        from gate.metrics.findings import TILED, unpacked
+        from gate.metrics.kinds import kind_named
+
         content = strict_json(self.contents[SCORES_PATH], where=where)
         if not isinstance(content, dict) or content.get("kind") != said.kind:
             raise VerificationError(f"is not of {said.kind}", where=where)
@@ -568,7 +751,6 @@ class _Verification:
                 raise VerificationError(
                     f"gives {name} = {again.get(name, math.nan):.6g}, the metadata says {value:.6g}", where=where
                 )
-        return True
 
     def calibration(self) -> None:
         """The ranges that TensorRT calibrated are those that the engine was built with."""

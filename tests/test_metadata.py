@@ -162,7 +162,7 @@ def test_what_the_schema_does_not_allow_is_refused(raw, path, value):
 
 def test_each_top_level_key_is_needed(raw):
     for key in set(raw) - {"schema_version"}:
-        with pytest.raises(VerificationError, match=f"'{key}' is a required property"):
+        with pytest.raises(VerificationError, match=f"missing required field `{key}`"):
             metadata_from_bytes(pretty_json({k: v for k, v in raw.items() if k != key}), where="x")
 
 

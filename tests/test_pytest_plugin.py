@@ -131,7 +131,7 @@ def test_a_wrong_spec_is_a_collection_error_of_one_line(project):
     tiny.write(project.path, tiny.SPEC.replace("engine.parity", "engine.parrity"))
     result = project.runpytest()
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["gate.toml:21: [[]engine] has no key 'parrity'; did you mean 'parity'?"])
+    result.stdout.fnmatch_lines(["gate.toml:21: [[][[]engine]] has no key 'parrity'; did you mean 'parity'?"])
     result.stdout.no_fnmatch_line("*spec.py*")
 
 
@@ -335,7 +335,7 @@ def test_a_failed_and_an_inconclusive_finding_are_a_failure():
 
 def test_the_spec_in_a_sealed_bundle_is_not_a_test(project):
     bundle = project.path / "bundles" / "tiny"
-    for name in ("policy/gate.toml", "seals/manifest.json"):
+    for name in ("policy/gate.toml", "seals/verdict.dsse.json"):
         (bundle / name).parent.mkdir(parents=True)
         (bundle / name).write_text(tiny.SPEC if name.endswith("toml") else "{}")
     result = project.runpytest("--collect-only", "-q")

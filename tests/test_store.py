@@ -1,3 +1,4 @@
+import base64
 import hashlib
 import itertools
 import json
@@ -22,8 +23,9 @@ from gate.latency.ratio import RATIO_PERCENTILES, estimate, log_ratio
 from gate.manifest import canonical_json, pretty_json
 from gate.metrics.findings import measured_values
 from gate.metrics.kinds import kind_named
+from gate.release.statements import IN_TOTO, Envelope
 from gate.results import Comparison, SessionPair, run_from_builtins
-from gate.store import MANIFEST_PATH, Step, engine_path_of, seal, verify
+from gate.store import VERDICT_PATH, Step, engine_path_of, seal, verify_seal
 from gate.verdict import Evidence, Finding, Interval, Limit, Verdict
 
 DATA = Path(__file__).parent / "data"
@@ -38,7 +40,7 @@ FILES = (
     "evidence/latency.json",
     "evidence/metrics.json",
     "policy/gate.toml",
-    "seals/manifest.json",
+    "seals/verdict.dsse.json",
 )
 
 
@@ -76,9 +78,20 @@ def bundle(made, tmp_path):
     return sealed(made, tmp_path / "bundle").folder
 
 
+def statement_of(bundle):
+    """The statement that a bundle's envelope holds, as it stands there."""
+    return json.loads(base64.b64decode(json.loads((bundle / VERDICT_PATH).read_bytes())["payload"]))
+
+
+def state(bundle, statement):
+    """Put another statement into a bundle's envelope, which nobody signs."""
+    data = statement if isinstance(statement, bytes) else canonical_json(statement)
+    (bundle / VERDICT_PATH).write_bytes(Envelope(data, IN_TOTO, ()).to_bytes())
+
+
 def reseal(bundle, **changes):
     """Make every digest anew after an edit, as somebody could who can write to the whole bundle."""
-    manifest = json.loads((bundle / MANIFEST_PATH).read_bytes())
+    statement = statement_of(bundle)
 
     def digest(name):
         return hashlib.sha256((bundle / name).read_bytes()).hexdigest()
@@ -93,45 +106,70 @@ def reseal(bundle, **changes):
         if name != METADATA
     }
     (bundle / METADATA).write_bytes(pretty_json(metadata))
-    manifest["subject"] = [{"name": name, "digest": {"sha256": digest(name)}} for name in names]
-    manifest["predicate"]["metadata_sha256"] = digest(METADATA)
-    manifest["predicate"].update(changes)
-    (bundle / MANIFEST_PATH).write_bytes(pretty_json(manifest))
+    statement["subject"] = [
+        {
+            "name": name,
+            "digest": {"sha256": digest(name)},
+            "annotations": {"size_bytes": (bundle / name).stat().st_size},
+        }
+        for name in names
+    ]
+    said = statement["predicate"]
+    said["metadata_sha256"] = digest(METADATA)
+    said["digests"] = metadata["digests"]
+    said["device"] = {key: metadata["device"][key] for key in said["device"]}
+    said["findings"] = [
+        {
+            "check": each["check"],
+            "estimate": each["estimate"],
+            **each["interval"],
+            "kind": each["limit"]["kind"],
+            "limit": each["limit"]["value"],
+            "n": each["n"],
+            "outcome": each["status"],
+            "evidence": each["evidence"],
+        }
+        for each in metadata["verdict"]["findings"]
+    ]
+    said.update(changes)
+    state(bundle, statement)
 
 
 def edit(bundle, name, *path, value):
-    raw = json.loads((bundle / name).read_bytes())
+    raw = statement_of(bundle) if name == VERDICT_PATH else json.loads((bundle / name).read_bytes())
     *parents, last = path
     table = raw
     for each in parents:
         table = table[each]
     table[last] = value
-    (bundle / name).write_bytes(pretty_json(raw))
+    if name == VERDICT_PATH:
+        state(bundle, raw)
+    else:
+        (bundle / name).write_bytes(pretty_json(raw))
 
 
 def test_what_passed_is_sealed_and_verifies(made, bundle):
-    verified = verify(bundle)
+    verified = verify_seal(bundle)
     names = tuple(sorted(p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()))
     assert names == FILES
-    assert set(verified.files) == set(FILES) - {MANIFEST_PATH}
+    assert set(verified.files) == set(FILES) - {VERDICT_PATH}
     assert verified.engine.read_bytes() == ENGINE
     assert verified.metadata.engine == "ort-fp16"
     assert [step.name for step in verified.steps] == [
         "tree",
-        "statement",
-        "digests",
+        "signature",
         "schema",
+        "digests",
         "verdict",
-        "evidence",
     ]
     assert all(step.ok for step in verified.steps)
     assert verified.steps[4].detail == "PASSED, 3 findings recomputed, evidence: host"
 
 
 def test_the_statement_lists_every_file_as_in_toto_has_it(bundle):
-    statement = json.loads((bundle / MANIFEST_PATH).read_bytes())
+    statement = statement_of(bundle)
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
-    assert [each["name"] for each in statement["subject"]] == [name for name in FILES if name != MANIFEST_PATH]
+    assert [each["name"] for each in statement["subject"]] == [name for name in FILES if name != VERDICT_PATH]
     for each in statement["subject"]:
         assert hashlib.sha256((bundle / each["name"]).read_bytes()).hexdigest() == each["digest"]["sha256"]
 
@@ -151,7 +189,7 @@ def test_what_compiled_only_is_sealed_without_latency_and_metrics(made, tmp_path
     assert verified.engine.name == "model.plan"
     assert verified.metadata.verdict.evidence is Evidence.PREFLIGHT
     with pytest.raises(VerificationError, match="its evidence is 'preflight', asked for is 'device'"):
-        verify(tmp_path / "b", require_evidence=Evidence.DEVICE)
+        verify_seal(tmp_path / "b", require_evidence=Evidence.DEVICE)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -162,9 +200,9 @@ def test_a_flipped_byte_in_any_file_is_found(bundle, name, where):
     data[where if isinstance(where, int) else int(where * len(data))] ^= 1
     path.write_bytes(data)
     with pytest.raises(BundleError) as caught:
-        verify(bundle)
+        verify_seal(bundle)
     assert caught.value.exit_code is ExitCode.REFUSED
-    if name != MANIFEST_PATH:
+    if name != VERDICT_PATH:
         assert isinstance(caught.value, DigestMismatch)
         assert caught.value.where == str(path)
 
@@ -212,15 +250,15 @@ def test_a_damaged_tree_is_refused(bundle, name, damage):
     with pytest.raises(
         BundleError, match="is missing|link|regular|added|sha256 is|is not JSON|empty|not written as"
     ) as caught:
-        verify(bundle)
+        verify_seal(bundle)
     assert str(bundle) in caught.value.where
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != MANIFEST_PATH])
+@pytest.mark.parametrize("name", [name for name in FILES if name != VERDICT_PATH])
 def test_a_file_that_grew_is_refused(bundle, name):
     grow(bundle / name)
     with pytest.raises(DigestMismatch, match="its sha256 is"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 @pytest.mark.parametrize(
@@ -237,13 +275,13 @@ def test_an_added_file_is_refused(bundle, name, message):
     (bundle / name).parent.mkdir(exist_ok=True)
     (bundle / name).write_bytes(b"x")
     with pytest.raises(VerificationError, match=f"{(bundle / name).name}|{message}"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_an_added_folder_is_refused(bundle):
     (bundle / "artifacts" / "empty").mkdir()
     with pytest.raises(VerificationError, match="empty: is an empty folder"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_two_files_that_changed_places_are_found(bundle):
@@ -252,7 +290,7 @@ def test_two_files_that_changed_places_are_found(bundle):
     a.write_bytes(b.read_bytes())
     b.write_bytes(content)
     with pytest.raises(DigestMismatch, match="environment.json"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "link"])
@@ -265,14 +303,14 @@ def test_what_is_no_folder_is_no_bundle(bundle, tmp_path, kind):
     elif kind == "link":
         path.symlink_to(bundle)
     with pytest.raises(BundleError, match="there is no bundle|is not a folder|is an empty folder"):
-        verify(path)
+        verify_seal(path)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("verdict", "status"), "FAILED", "'FAILED' is not one of"),
-        (("verdict", "findings", 0, "status"), "FAILED", "'FAILED' is not one of"),
+        (("verdict", "status"), "FAILED", "Invalid enum value 'FAILED'"),
+        (("verdict", "findings", 0, "status"), "FAILED", "Invalid enum value 'FAILED'"),
         (("verdict", "findings", 0, "interval", "upper"), 0.5, "parity.rel_rmse is INCONCLUSIVE by its own numbers"),
         (("verdict", "findings", 0, "estimate"), "NaN", "parity.rel_rmse is FAILED by its own numbers"),
         (("verdict", "findings", 0, "limit", "value"), 1e-9, "parity.rel_rmse is FAILED by its own numbers"),
@@ -304,16 +342,16 @@ def test_what_is_no_folder_is_no_bundle(bundle, tmp_path, kind):
         (("backend_version",), "9.9", "are not those of its build record"),
         (("backend",), "tensorrt", "has its engine in artifacts/model.plan"),
         (("model_id",), "other", "is not that of the metadata"),
-        (("extra",), 1, "Additional properties are not allowed"),
+        (("extra",), 1, "unknown field `extra`"),
     ],
 )
 def test_edited_metadata_is_refused_although_every_digest_holds(bundle, path, value, message):
     edit(bundle, METADATA, *path, value=value)
     with pytest.raises(DigestMismatch, match=r"metadata\.json: its sha256 is"):
-        verify(bundle)
+        verify_seal(bundle)
     reseal(bundle, evidence=json.loads((bundle / METADATA).read_bytes())["verdict"]["evidence"])
     with pytest.raises(BundleError, match=message):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_a_budget_that_was_left_out_is_missed_although_every_digest_holds(bundle):
@@ -323,7 +361,7 @@ def test_a_budget_that_was_left_out_is_missed_although_every_digest_holds(bundle
     with pytest.raises(
         VerificationError, match=r"asks for latency\.p99_ms with a limit of 10\.0, the metadata has none"
     ):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_latencies_whose_evidence_was_taken_away_are_not_believed(bundle):
@@ -332,7 +370,7 @@ def test_latencies_whose_evidence_was_taken_away_are_not_believed(bundle):
     (bundle / LATENCY).unlink()
     reseal(bundle)
     with pytest.raises(VerificationError, match=r"latency\.p99_ms is of no latency in the metadata"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +381,7 @@ def test_what_was_timed_is_what_the_spec_asks_for(bundle, key, value):
     edit(bundle, METADATA, "latency", 0, key, value=value)
     reseal(bundle)
     with pytest.raises(VerificationError, match=f"asks for latency with {key} = "):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_throughput_of_another_batch_size_is_refused_although_all_numbers_agree(bundle):
@@ -352,14 +390,14 @@ def test_throughput_of_another_batch_size_is_refused_although_all_numbers_agree(
     edit(bundle, METADATA, "latency", 0, "throughput", value=64 * said)
     reseal(bundle)
     with pytest.raises(VerificationError, match="asks for latency with batch = 1, the metadata has 64"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_edited_baseline_is_refused_although_every_digest_holds(bundle):
     edit(bundle, "baseline/baseline.json", "task", "top1", value=90)
     reseal(bundle)
     with pytest.raises(VerificationError, match="was changed after it was accepted"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def resealed(bundle, change):
@@ -396,7 +434,7 @@ def test_raw_latencies_that_are_none_are_refused(bundle, data, message):
     (bundle / LATENCY).write_bytes(data)
     reseal(bundle)
     with pytest.raises(BundleError, match=message):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def change_a_duration(raw):
@@ -435,7 +473,7 @@ def add_a_cell(raw):
 def test_other_raw_latencies_are_refused_although_every_digest_holds(bundle, change, message):
     resealed(bundle, change)
     with pytest.raises(VerificationError, match=message):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_latencies_of_fewer_processes_than_a_budget_takes_are_refused_although_all_numbers_agree(bundle):
@@ -447,7 +485,7 @@ def test_latencies_of_fewer_processes_than_a_budget_takes_are_refused_although_a
     with pytest.raises(
         VerificationError, match="latency.p99_ms's lower bound is 0.248716, evidence/latency.json gives 0"
     ):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 COMPARED = b"""  p99_ms = 10.0
@@ -506,7 +544,7 @@ def compared_bundle(made, tmp_path):
 
 
 def test_an_engine_is_sealed_with_every_latency_of_what_it_was_compared_with(compared_bundle):
-    assert verify(compared_bundle).steps[4].detail == "PASSED, 6 findings recomputed, evidence: host"
+    assert verify_seal(compared_bundle).steps[4].detail == "PASSED, 6 findings recomputed, evidence: host"
     (cell,) = json.loads((compared_bundle / LATENCY).read_bytes())["cells"]
     assert [len(each["b_ns"]) for each in cell["comparisons"]["baseline"]] == [200] * 5
 
@@ -565,7 +603,7 @@ def cut_short(raw):
 def test_other_pairs_are_refused_although_every_digest_holds(compared_bundle, change, message):
     resealed(compared_bundle, change)
     with pytest.raises(VerificationError, match=message):
-        verify(compared_bundle)
+        verify_seal(compared_bundle)
 
 
 RATIOS = ("latency", 0, "comparisons", 0, "ratios")
@@ -602,7 +640,7 @@ def test_edited_comparisons_are_refused_although_every_digest_holds(compared_bun
     edit(compared_bundle, METADATA, *path, value=value)
     reseal(compared_bundle)
     with pytest.raises(VerificationError, match=message):
-        verify(compared_bundle)
+        verify_seal(compared_bundle)
 
 
 def test_a_comparison_with_another_engine_than_the_spec_asks_for_is_refused(compared_bundle):
@@ -612,12 +650,12 @@ def test_a_comparison_with_another_engine_than_the_spec_asks_for_is_refused(comp
         lambda raw: raw["cells"][0].update(comparisons={"itself": raw["cells"][0]["comparisons"]["baseline"]}),
     )
     with pytest.raises(VerificationError, match="asks for latency against baseline, the metadata has others"):
-        verify(compared_bundle)
+        verify_seal(compared_bundle)
 
 
 def test_a_comparison_without_its_pairs_is_not_sealed(made, compared_bundle, tmp_path):
     run, result, _, _ = made
-    metadata = verify(compared_bundle).metadata
+    metadata = verify_seal(compared_bundle).metadata
     comparison = Comparison(
         against="baseline",
         title="the baseline",
@@ -633,26 +671,25 @@ def test_a_comparison_without_its_pairs_is_not_sealed(made, compared_bundle, tmp
         sealed(made, tmp_path / "b", run=msgspec.structs.replace(run, engines=(bare,)), result=bare)
 
 
-@pytest.mark.parametrize("name", [METADATA, MANIFEST_PATH])
+@pytest.mark.parametrize("name", [METADATA, VERDICT_PATH])
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"{\n", b'{\n"created": "x", "created": "x",\n', "stands twice"),
-        (b"{\n", b'{\n"x": NaN,\n', "not finite"),
-        (b"{\n", b"\xff{\n", "not UTF-8"),
-        (b"{\n", b"[" * 100 + b"{\n", "is not JSON"),
+        (b"{", b'{"created": "x", "created": "x",', "stands twice"),
+        (b"{", b'{"x": NaN,', "not finite"),
+        (b"{", b"\xff{", "not UTF-8"),
+        (b"{", b"[" * 100 + b"{", "is not JSON"),
     ],
 )
 def test_json_with_more_than_one_meaning_is_refused(bundle, name, old, new, message):
-    data = (bundle / name).read_bytes()
-    (bundle / name).write_bytes(data.replace(old, new, 1))
+    data = (bundle / name).read_bytes().replace(old, new, 1)
+    (bundle / name).write_bytes(data)
     if name == METADATA:
-        manifest = json.loads((bundle / MANIFEST_PATH).read_bytes())
-        digest = hashlib.sha256((bundle / METADATA).read_bytes()).hexdigest()
-        manifest["subject"][0]["digest"]["sha256"] = digest
-        (bundle / MANIFEST_PATH).write_bytes(pretty_json(manifest))
+        statement = statement_of(bundle)
+        statement["subject"][0]["digest"]["sha256"] = hashlib.sha256(data).hexdigest()
+        state(bundle, statement)
     with pytest.raises(BundleError, match=message):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 @pytest.mark.parametrize(
@@ -660,7 +697,7 @@ def test_json_with_more_than_one_meaning_is_refused(bundle, name, old, new, mess
     [
         (("_type",), "https://in-toto.io/Statement/v0.1"),
         (("predicateType",), "https://example.org/other"),
-        (("predicate", "status"), "FAILED"),
+        (("predicate", "status"), "fine"),
         (("predicate", "extra"), 1),
         (("extra",), 1),
         (("subject",), []),
@@ -668,33 +705,56 @@ def test_json_with_more_than_one_meaning_is_refused(bundle, name, old, new, mess
     ],
 )
 def test_a_statement_of_another_shape_is_refused(bundle, path, value):
-    edit(bundle, MANIFEST_PATH, *path, value=value)
-    with pytest.raises(VerificationError, match="is not a statement over a bundle"):
-        verify(bundle)
+    edit(bundle, VERDICT_PATH, *path, value=value)
+    with pytest.raises(VerificationError, match="does not hold a verdict"):
+        verify_seal(bundle)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("evidence", "device"), ("model_id", "other"), ("engine", "other"), ("gate_version", "9")]
 )
 def test_a_predicate_that_says_something_else_is_refused(bundle, key, value):
-    edit(bundle, MANIFEST_PATH, "predicate", key, value=value)
+    edit(bundle, VERDICT_PATH, "predicate", key, value=value)
     with pytest.raises(VerificationError, match="is not that of the metadata"):
-        verify(bundle)
+        verify_seal(bundle)
+
+
+@pytest.mark.parametrize("status", ["FAILED", "INCONCLUSIVE"])
+def test_a_verdict_that_did_not_pass_is_refused_by_its_name(bundle, status):
+    edit(bundle, VERDICT_PATH, "predicate", "status", value=status)
+    with pytest.raises(VerificationError, match=f"its verdict is {status}: only what PASSED is released"):
+        verify_seal(bundle)
+
+
+@pytest.mark.parametrize("again", [b" ", b"\n"])
+def test_an_envelope_or_statement_written_in_another_way_is_refused(bundle, again):
+    data = (bundle / VERDICT_PATH).read_bytes()
+    (bundle / VERDICT_PATH).write_bytes(data + again)
+    with pytest.raises(VerificationError, match="is not written as sealing writes it"):
+        verify_seal(bundle)
+    state(bundle, canonical_json(statement_of(bundle)) + again)
+    with pytest.raises(VerificationError, match="its verdict is not written as sealing writes it"):
+        verify_seal(bundle)
 
 
 def test_a_file_listed_twice_is_refused(bundle):
-    subjects = json.loads((bundle / MANIFEST_PATH).read_bytes())["subject"]
-    edit(bundle, MANIFEST_PATH, "subject", value=[*subjects, subjects[0]])
+    subjects = statement_of(bundle)["subject"]
+    edit(bundle, VERDICT_PATH, "subject", value=[*subjects, subjects[0]])
     with pytest.raises(VerificationError, match="lists a file twice"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_each_step_is_told_and_the_one_that_fails_says_why(bundle):
     told = []
     (bundle / "policy" / "gate.toml").write_bytes(b"x")
     with pytest.raises(DigestMismatch, match="gate.toml"):
-        verify(bundle, on_step=told.append)
-    assert [(step.name, step.ok) for step in told] == [("tree", True), ("statement", True), ("digests", False)]
+        verify_seal(bundle, on_step=told.append)
+    assert [(step.name, step.ok) for step in told] == [
+        ("tree", True),
+        ("signature", True),
+        ("schema", True),
+        ("digests", False),
+    ]
     assert isinstance(told[-1], Step)
     assert told[-1].detail.startswith("policy/gate.toml: its sha256 is")
 
@@ -743,7 +803,7 @@ def test_another_engine_file_cannot_be_sealed(made, tmp_path):
         ({"../x": b"x"}, "cannot be a file of a bundle"),
         ({"a/.x": b"x"}, "cannot be a file of a bundle"),
         ({"/x": b"x"}, "cannot be a file of a bundle"),
-        ({"seals/manifest.json": b"x"}, "is written by sealing itself"),
+        ({"seals/verdict.dsse.json": b"x"}, "is written by sealing itself"),
         ({"artifacts/model.plan": b"x"}, "is written by sealing itself"),
         ({METADATA: b"x"}, "is written by sealing itself"),
         ({"evidence/x": Path("/nonexistent")}, "/nonexistent: is missing"),
@@ -803,9 +863,9 @@ def test_another_bundle_is_kept_unless_it_is_to_be_replaced(made, tmp_path):
     sealed(made, tmp_path / "b")
     with pytest.raises(BundleError, match="is there already and holds another bundle"):
         sealed(later(made), tmp_path / "b")
-    assert verify(tmp_path / "b").metadata.created == "2026-11-21T10:02:11Z"
+    assert verify_seal(tmp_path / "b").metadata.created == "2026-11-21T10:02:11Z"
     sealed(later(made), tmp_path / "b", replace=True)
-    assert verify(tmp_path / "b").metadata.created == "2027-01-01T00:00:00Z"
+    assert verify_seal(tmp_path / "b").metadata.created == "2027-01-01T00:00:00Z"
     assert [each.name for each in tmp_path.iterdir()] == ["b"]
 
 
@@ -828,14 +888,14 @@ def test_a_damaged_bundle_is_kept_unless_it_is_to_be_replaced(made, tmp_path):
 
 
 def test_an_unbounded_interval_survives(bundle):
-    finding = next(each for each in verify(bundle).metadata.verdict.findings if each.check == "parity.sqnr_db")
+    finding = next(each for each in verify_seal(bundle).metadata.verdict.findings if each.check == "parity.sqnr_db")
     assert finding.interval.upper == "Infinity"
     assert finding.finding().interval.upper == math.inf
 
 
 def test_a_copied_bundle_verifies(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / "copy")
-    assert verify(tmp_path / "copy").engine == tmp_path / "copy" / engine_path_of("onnxruntime")
+    assert verify_seal(tmp_path / "copy").engine == tmp_path / "copy" / engine_path_of("onnxruntime")
 
 
 def test_required_checks_are_sealed_with_the_verdict(made, tmp_path):
@@ -853,7 +913,7 @@ SCRIPT = """
     from gate.baseline import baseline_from_result, read_baseline, write_baseline
     from gate.errors import BaselineError, BundleError
     from gate.results import run_from_builtins
-    from gate.store import seal, verify
+    from gate.store import seal, verify_seal
 
     data, engine, root, how = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     run = run_from_builtins(json.loads((data / "run.json").read_bytes()))
@@ -898,14 +958,14 @@ SCRIPT = """
         steps += 1
         # Both are whole, the old one or the new one.
         assert read_baseline(root / "baselines" / "cpu.json").accepted.when in (run.created, later.created)
-        assert verify(root / "bundle").metadata.created in (run.created, later.created)
+        assert verify_seal(root / "bundle").metadata.created in (run.created, later.created)
         if how == "interrupt":
             names = {each.name for each in (*root.iterdir(), *(root / "baselines").iterdir())}
             assert names == {"baselines", "bundle", "cpu.json"}, names
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 3:
             assert os.WEXITSTATUS(status) == 0
             break
-    assert verify(root / "bundle").metadata.created == later.created
+    assert verify_seal(root / "bundle").metadata.created == later.created
     write(later, True)
     assert {each.name for each in (*root.iterdir(), *(root / "baselines").iterdir())} == {
         "baselines", "bundle", "cpu.json"
@@ -941,7 +1001,7 @@ def calibrated(made, tmp_path):
 def test_the_ranges_that_an_engine_was_calibrated_with_are_sealed_beside_it(calibrated):
     _, bundle = calibrated
     assert (bundle / CALIBRATION).read_bytes() == CACHE
-    assert "calibration" in verify(bundle).steps[-1].detail
+    assert "artifacts/calibration.cache" in verify_seal(bundle).files
 
 
 def test_a_calibrated_engine_is_not_sealed_without_its_ranges(calibrated, tmp_path):
@@ -963,7 +1023,7 @@ def test_other_ranges_than_the_engine_was_built_with_are_refused_although_every_
     (bundle / CALIBRATION).write_bytes(data)
     reseal(bundle)
     with pytest.raises(DigestMismatch, match="holds other ranges than the engine was built with"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_missing_ranges_are_refused_although_every_digest_holds(calibrated):
@@ -971,7 +1031,7 @@ def test_missing_ranges_are_refused_although_every_digest_holds(calibrated):
     (bundle / CALIBRATION).unlink()
     reseal(bundle)
     with pytest.raises(VerificationError, match="do not agree on a calibration cache"):
-        verify(bundle)
+        verify_seal(bundle)
 
 
 def test_each_kind_of_engine_has_its_own_name_in_a_bundle():
@@ -995,8 +1055,8 @@ def scored_bundle(made, tmp_path):
 
 
 def test_scores_are_computed_again_from_what_each_sample_contributes(scored_bundle):
-    verified = verify(scored_bundle)
-    assert "scores" in next(each.detail for each in verified.steps if each.name == "evidence")
+    verified = verify_seal(scored_bundle)
+    assert "evidence/scores.json" in verified.files
     metrics = json.loads((scored_bundle / "evidence/metrics.json").read_bytes())
     assert metrics["scores"]["values"]["rmse"] == 0.5
     assert metrics["scores"]["statistics"] == ""
@@ -1021,14 +1081,14 @@ def test_scores_that_are_not_those_of_the_samples_are_refused(scored_bundle, edi
         edit(scored_bundle, name, *path, value=value)
     reseal(scored_bundle)
     with pytest.raises(VerificationError, match=message):
-        verify(scored_bundle)
+        verify_seal(scored_bundle)
 
 
 def test_scores_without_their_samples_are_refused(scored_bundle):
     (scored_bundle / "evidence/scores.json").unlink()
     reseal(scored_bundle)
     with pytest.raises(VerificationError, match="do not agree on the task's scores"):
-        verify(scored_bundle)
+        verify_seal(scored_bundle)
 
 
 @pytest.mark.parametrize(
@@ -1067,7 +1127,9 @@ def test_a_finding_of_a_task_is_what_its_scores_give(made, tmp_path, check, esti
     run = msgspec.structs.replace(run, engines=(result, *run.engines[1:]))
     arguments = {"run": run, "result": result, "engine_file": engine, "extra": extra, "out": tmp_path / "b"}
     if true:
-        assert verify(seal(result.verdict.require_passed(), **arguments).folder).metadata.metrics.scores is not None
+        assert (
+            verify_seal(seal(result.verdict.require_passed(), **arguments).folder).metadata.metrics.scores is not None
+        )
         return
     with pytest.raises((VerificationError, BundleError), match=f"{check} is {estimate:g}, its scores give"):
-        verify(seal(result.verdict.require_passed(), **arguments).folder)
+        verify_seal(seal(result.verdict.require_passed(), **arguments).folder)

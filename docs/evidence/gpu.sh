@@ -92,7 +92,7 @@ digits() {
   for bundle in "$out"/dist/digits-cnn/*; do
     with_trt -m gate verify "$bundle" --require-evidence device
   done >"$out/digits-verify.txt" 2>&1
-  grep -E "^(VERIFIED|REFUSED)" "$out/digits-verify.txt"
+  grep -E "^(INTACT|REFUSED)" "$out/digits-verify.txt"
 }
 
 resnet() {

@@ -47,8 +47,8 @@ def page(out: Path) -> Iterator[str]:
             yield from again(out, f"{name}-again")
     if (out / "digits-verify.txt").is_file():
         said = (out / "digits-verify.txt").read_text(encoding="utf-8").splitlines()
-        counts = Counter(line.split()[0] for line in said if line.startswith(("VERIFIED", "REFUSED")))
-        yield from ("", f"Sealed bundles of the digits: {counts['VERIFIED']} VERIFIED, {counts['REFUSED']} REFUSED.")
+        counts = Counter(line.split()[0] for line in said if line.startswith(("INTACT", "REFUSED")))
+        yield from ("", f"Sealed bundles of the digits: {counts['INTACT']} INTACT, {counts['REFUSED']} REFUSED.")
     timings: dict[str, Any] = {}
     for path in sorted(out.glob("measure-*.json")):
         timings |= measures(path)

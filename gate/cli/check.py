@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gate.report.pictures import Pictures
     from gate.results import CheckRun
     from gate.spec import SpecFile
+    from gate.store import Release
 
 RUNS = Path(".gate/runs")
 LATEST = "latest"
@@ -122,7 +123,7 @@ class Outcome:
     sealed: tuple[str, ...]
 
 
-def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
+def check_all(args: argparse.Namespace, *, seal_to: Path | None, release: Release | None = None) -> Outcome:
     """Check each spec, report, and seal what passed where `seal_to` is given.
 
     Raises:
@@ -150,7 +151,7 @@ def check_all(args: argparse.Namespace, *, seal_to: Path | None) -> Outcome:
             if index and not args.json:
                 print()
             try:
-                code, names = _check_one(file, options, args, reports=reports, seal_to=seal_to)
+                code, names = _check_one(file, options, args, reports=reports, seal_to=seal_to, release=release)
                 sealed += names
             except GateError as err:
                 _tell_github_error(file.path, err)
@@ -221,11 +222,13 @@ def _check_one(
     *,
     reports: Reports,
     seal_to: Path | None,
+    release: Release | None,
 ) -> tuple[ExitCode, list[str]]:
     from gate import pipeline
     from gate.report.json_report import json_bytes
     from gate.report.pictures import Pictures
-    from gate.report.terminal import exit_code_of, progress, render, show, terminal_width
+    from gate.report.screen import show, terminal_width
+    from gate.report.terminal import exit_code_of, progress, render
 
     pictures = Pictures()
     with progress() as observer:
@@ -246,7 +249,7 @@ def _check_one(
     _tell_github(checked)
     names: list[str] = []
     if seal_to is not None:
-        sealed = pipeline.seal_passed(file, checked, seal_to, baselines=options.baselines)
+        sealed = pipeline.seal_passed(file, checked, seal_to, baselines=options.baselines, release=release)
         names = [each.engine for each in sealed if each.path is not None]
         stream = sys.stderr if args.json else sys.stdout
         for each in sealed:

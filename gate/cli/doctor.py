@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> ExitCode:
 
         needs = needs_of(read_spec(args.spec).spec, recorded=args.recorded)
     from gate.probe import PROBES, collect
-    from gate.report.terminal import progress, show
+    from gate.report.screen import show
+    from gate.report.terminal import progress
 
     with progress() as observer:
         observer.stage("look", total=len(PROBES))

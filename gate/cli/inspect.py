@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gate.engines.tensorrt.layers import Inspection
     from gate.engines.tensorrt.plan import PlanHeader
     from gate.metadata import Metadata
+    from gate.store import SealedBundle
     from gate.verdict import Failure, Finding
 
 LONGEST_NAME = 48
@@ -56,6 +57,27 @@ class Delivered(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     detail: str
 
 
+class SealedFor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a bundle's verdict says it is for, and rests on; nobody looked whether its signature holds.
+
+    Args:
+        verdict_sha256: What approvals, the ledger and a revocation name it by.
+        slots: What it may be deployed as.
+        serial, not_after: Its order, and its end.
+        keys: Ids of the keys that are said to have signed.
+        spec, data, baseline: SHA-256 digests, as a trust policy pins them.
+    """
+
+    verdict_sha256: str
+    slots: tuple[str, ...]
+    serial: int
+    not_after: str
+    keys: tuple[str, ...]
+    spec: str
+    data: str
+    baseline: str | None
+
+
 class Inspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a file or bundle is. None: it does not say, or that cannot be read here; `notes` says why.
 
@@ -67,6 +89,7 @@ class Inspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         backend, backend_version: What made it, and what runs it.
         precision: As asked for.
         evidence: Of a bundle's verdict; `preflight`: its device is where it was compiled, and it did not run.
+        sealed_for: What the verdict says it is for, and rests on.
         lowering: How a bundle's graph was made, as in its metadata.
         calibration: What it was quantised by, of the lowering or of the compiler.
         layers: All of them.
@@ -99,6 +122,7 @@ class Inspected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     delivered_precision: Delivered | None = None
     verdict: str | None = None
     evidence: str | None = None
+    sealed_for: SealedFor | None = None
     lowering: dict[str, Any] | None = None
     calibration: CalibrationRecord | None = None
     options: dict[str, Any] | None = None
@@ -132,7 +156,7 @@ def run(args: argparse.Namespace) -> ExitCode:
     Raises:
         SpecError: There is no such file, or it is nothing that can be inspected.
     """
-    from gate.report.terminal import show, terminal_width
+    from gate.report.screen import show, terminal_width
 
     try:
         found = inspected(args.path)
@@ -197,20 +221,20 @@ def _require_bundle(folder: Path) -> None:
     from gate.cli.check import pasted
     from gate.cli.verify import bundles_below
     from gate.metadata import METADATA_PATH
-    from gate.store import MANIFEST_PATH
+    from gate.store import VERDICT_PATH
 
-    manifest = folder / MANIFEST_PATH
+    manifest = folder / VERDICT_PATH
     if manifest.exists() or manifest.parent.exists() or (folder / METADATA_PATH).exists():
         return
     where = str(folder)
     for holder in folder.resolve().parents:
-        if (holder / MANIFEST_PATH).is_file():
+        if (holder / VERDICT_PATH).is_file():
             raise SpecError(
                 f"is a folder inside the bundle {holder}", where=where, hint=f"gate inspect {pasted(holder)}"
             )
     below = "\n".join(f"gate inspect {pasted(path)}" for path in bundles_below(folder))
     raise SpecError(
-        f"is a folder, not a bundle (no {MANIFEST_PATH})",
+        f"is a folder, not a bundle (no {VERDICT_PATH})",
         where=where,
         hint=f"It holds bundles:\n{below}" if below else f"Give {_WHAT}.",
     )
@@ -218,20 +242,21 @@ def _require_bundle(folder: Path) -> None:
 
 def _bundle_around(path: Path) -> Path | None:
     """The bundle that a file lies in: nothing in one is opened before it verifies."""
-    from gate.store import MANIFEST_PATH
+    from gate.store import VERDICT_PATH
 
     folder = path.resolve().parent.parent
-    return folder if (folder / MANIFEST_PATH).is_file() else None
+    return folder if (folder / VERDICT_PATH).is_file() else None
 
 
 def _bundle(folder: Path, given: Path) -> Inspected:
     from gate.precision import CHECK, check_delivered_precision
-    from gate.store import verify
+    from gate.store import verify_seal
     from gate.verdict import Evidence
 
-    verified = verify(folder)
+    verified = verify_seal(folder)
     metadata, build = verified.metadata, verified.metadata.build
-    notes = [f"verified: {len(verified.files)} files; not signed", *metadata.warnings]
+    signed = "signed; by whom, gate verify --policy says" if verified.signed_by else "not signed"
+    notes = [f"intact: {len(verified.files)} files; {signed}", *metadata.warnings]
     if given != folder:
         notes.insert(0, f"a file of the bundle {folder}")
     if not build.layers:
@@ -262,11 +287,26 @@ def _bundle(folder: Path, given: Path) -> Inspected:
         delivered_precision=_delivered(sealed or check_delivered_precision(build, evidence=Evidence.PREFLIGHT)),
         verdict=f"{metadata.verdict.status}, evidence: {metadata.verdict.evidence.value}",
         evidence=metadata.verdict.evidence.value,
+        sealed_for=_sealed_for(verified),
         lowering=None if lowering is None else msgspec.to_builtins(lowering),
         calibration=build.calibration or (None if lowering is None else lowering.calibration),
         options=dict(build.options),
         command=build.command,
         notes=tuple(notes),
+    )
+
+
+def _sealed_for(bundle: SealedBundle) -> SealedFor:
+    said = bundle.statement.predicate
+    return SealedFor(
+        verdict_sha256=bundle.verdict_sha256,
+        slots=said.slots,
+        serial=said.serial,
+        not_after=said.not_after,
+        keys=bundle.signed_by,
+        spec=said.digests.spec,
+        data=said.digests.data,
+        baseline=said.digests.baseline,
     )
 
 
@@ -468,6 +508,12 @@ def _facts(found: Inspected) -> Iterator[tuple[str, str]]:
     yield "backend", f"{found.backend or ''} {found.backend_version or ''}".strip()
     yield "size", f"{size_text(found.size_bytes)}   sha256 {found.sha256}"
     yield "verdict", found.verdict or ""
+    if (sealed := found.sealed_for) is not None:
+        yield "", f"sha256 {sealed.verdict_sha256}"
+        yield "sealed for", f"{', '.join(sealed.slots) or 'no slot'}, serial {sealed.serial}, until {sealed.not_after}"
+        yield "rests on", f"spec     {sealed.spec}"
+        yield "", f"data     {sealed.data}"
+        yield "", f"baseline {sealed.baseline or 'none'}"
     yield "compiled on" if found.evidence == "preflight" else "device", found.device or ""
     yield "opset", str(found.opset or "")
     delivered = found.delivered_precision

@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> ExitCode:
     Raises:
         SpecError: The options contradict each other, or A or B is nothing that can be timed.
     """
-    from gate.report.terminal import progress, show
+    from gate.report.screen import show
+    from gate.report.terminal import progress
     from gate.steps.context import CheckOptions
     from gate.steps.time_alone import compare_latency, exported_latency
 

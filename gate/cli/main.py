@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_in_order():
             return int(options.run(options))
     except GateError as err:
-        _say(str(err))
+        _say(f"REFUSED  {err}" if err.exit_code is ExitCode.REFUSED else str(err))
         return int(err.exit_code)
     except _Terminated:
         _say("terminated: no verdict; nothing half-written was left behind")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gate.cli import COMMANDS
 from gate.cli.check import pasted
-from gate.errors import BundleError, ExitCode
+from gate.errors import ExitCode, GateError, SpecError
 
 if TYPE_CHECKING:
     from gate.store import Step
@@ -21,25 +21,42 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "verify",
         help=COMMANDS["verify"],
-        description="Verify a sealed bundle: its tree, schema, digests, and every status computed again.",
+        description="Verify a sealed bundle, offline. With --policy: who signed it, for what, and whether it may go there "
+        "now. Without: that it is whole and follows from its own numbers, whoever made it.",
         allow_abbrev=False,
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder made by gate seal")
+    add_policy_options(parser, required=False)
+    parser.add_argument(
+        "--stage", help="the stage of the slot that it is to enter (left out: the last, all of the traffic)"
+    )
     parser.add_argument(
         "--require-evidence",
         choices=("preflight", "host", "device"),
-        help="the least evidence that the verdict may rest on",
+        help="the least evidence that the verdict may rest on, without a policy",
     )
     parser.add_argument("--json", action="store_true", help="print the steps as JSON")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> ExitCode:
-    """Verify, and show each step as it is done; exit 4 where one is refused."""
-    from gate.report.terminal import show
-    from gate.store import verify
-    from gate.verdict import Evidence
+def add_policy_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """`--policy`, `--model` and `--slot`."""
+    parser.add_argument("--policy", type=Path, required=required, metavar="TRUST.TOML", help="the trust policy")
+    parser.add_argument(
+        "--model", required=required, help="the model that it has to be of, as [model.NAME] in the policy"
+    )
+    parser.add_argument("--slot", required=required, help="what it is to be deployed as, as [slot.NAME] in the policy")
 
+
+def run(args: argparse.Namespace) -> ExitCode:
+    """Verify, and show each step as it is done; exit 4 where one is refused.
+
+    Raises:
+        SpecError: The options do not go together, or the policy cannot be used.
+    """
+    from gate.report.screen import show
+
+    _require_options(args)
     steps: list[Step] = []
 
     def on_step(step: Step) -> None:
@@ -47,16 +64,20 @@ def run(args: argparse.Namespace) -> ExitCode:
         if not args.json:
             show(step_line(len(steps), step), sys.stdout)
 
-    needed = None if args.require_evidence is None else Evidence(args.require_evidence)
-    refused: BundleError | None = None
+    refused: GateError | None = None
+    warnings: tuple[str, ...] = ()
     try:
-        warnings = verify(args.bundle, require_evidence=needed, on_step=on_step).metadata.warnings
-    except BundleError as err:
-        refused, warnings = err, ()
+        warnings = _verified(args, on_step)
+    except GateError as err:
+        if err.exit_code is not ExitCode.REFUSED:
+            raise
+        refused = err
+    word = "REFUSED" if refused is not None else "INTACT" if args.policy is None else "VERIFIED"
     if args.json:
         found = {
             "bundle": str(args.bundle),
-            "verified": refused is None,
+            "result": word,
+            "verified": word == "VERIFIED",
             "error": None if refused is None else {"type": type(refused).__name__, "message": str(refused)},
             "warnings": list(warnings),
             "steps": [{"name": step.name, "ok": step.ok, "detail": step.detail} for step in steps],
@@ -64,7 +85,8 @@ def run(args: argparse.Namespace) -> ExitCode:
         print(json.dumps(found, ensure_ascii=False))
     elif refused is None:
         notes = "".join(f"   {'note':<11} {warning}\n" for warning in warnings)
-        show(f"{notes}VERIFIED  {args.bundle}\n", sys.stdout)
+        more = "" if args.policy else "   who made it is not known: gate verify --policy TRUST.TOML --model … --slot …"
+        show(f"{notes}{word}  {args.bundle}{more}\n", sys.stdout)
     if refused is None:
         return ExitCode.PASSED
     sys.stdout.flush()
@@ -78,16 +100,57 @@ def run(args: argparse.Namespace) -> ExitCode:
     return ExitCode.REFUSED
 
 
+def _require_options(args: argparse.Namespace) -> None:
+    given = [name for name in ("model", "slot", "stage") if getattr(args, name) is not None]
+    if args.policy is None and given:
+        raise SpecError(f"--{given[0]} says what a policy is asked for", hint="Give the policy: --policy TRUST.TOML")
+    if args.policy is not None and args.require_evidence is not None:
+        raise SpecError("--require-evidence is for a look without a policy", hint="Set evidence in the policy's slot.")
+    if args.policy is not None and (missing := [name for name in ("model", "slot") if getattr(args, name) is None]):
+        raise SpecError(
+            f"--policy needs --{missing[0]}: a bundle is verified for something",
+            hint="gate verify BUNDLE --policy TRUST.TOML --model MODEL --slot SLOT",
+        )
+
+
+def _verified(args: argparse.Namespace, on_step: Any) -> tuple[str, ...]:
+    """Verify, with the policy or by itself; what a reader must know although it passed."""
+    from gate.verdict import Evidence
+
+    if args.policy is None:
+        from gate.store import verify_seal
+
+        needed = None if args.require_evidence is None else Evidence(args.require_evidence)
+        return verify_seal(args.bundle, require_evidence=needed, on_step=on_step).metadata.warnings
+    from gate.ledger import read_ledger
+    from gate.trust import ledger_path, read_policy
+    from gate.verification import verify
+
+    policy = read_policy(args.policy)
+    path = ledger_path(policy)
+    history = None if path is None else read_ledger(path, policy).history
+    with verify(
+        args.bundle,
+        policy=policy,
+        model=args.model,
+        slot=args.slot,
+        stage=args.stage,
+        history=history,
+        on_step=on_step,
+    ) as found:
+        return found.warnings
+
+
 def bundles_below(folder: Path) -> tuple[Path, ...]:
     """The bundles in a folder that is none itself, such as the one that `gate seal` was given."""
-    from gate.store import MANIFEST_PATH
+    from gate.store import VERDICT_PATH
 
-    if (folder / MANIFEST_PATH).exists():
+    if (folder / VERDICT_PATH).exists():
         return ()
-    found = {*folder.glob(f"*/{MANIFEST_PATH}"), *folder.glob(f"*/*/{MANIFEST_PATH}")}
+    found = {*folder.glob(f"*/{VERDICT_PATH}"), *folder.glob(f"*/*/{VERDICT_PATH}")}
     return tuple(sorted(path.parents[1] for path in found))
 
 
 def step_line(index: int, step: Step) -> str:
     """` 5 digests     6 of 6     ok`."""
-    return f"{index:2} {step.name:<11} {step.detail:<56} {'ok' if step.ok else 'refused'}\n"
+    return f"{index:2} {step.name:<11} {step.detail:<72} {'ok' if step.ok else 'refused'}\n"

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from gate.errors import MeasurementError
 from gate.latency.config import SESSIONS
 from gate.latency.ratio import ALPHA, LOOKS, estimate, nearest_rank, positive_durations
 from gate.statistics import mean_interval, percentile_interval
 from gate.verdict import Interval
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 HELD_BY_SESSION = (0.5, 0.9, 0.95)
 """Percentiles that a session's few hundred inferences tell, so that sessions can be the sample.
@@ -40,6 +42,8 @@ def equal_parts(sessions: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     Raises:
         MeasurementError: There is no session, or one has no duration or one that is not a positive whole number.
     """
+    import numpy as np
+
     if not sessions:
         raise MeasurementError("no session was measured, so there is no latency")
     values = [positive_durations(each) for each in sessions]
@@ -67,6 +71,8 @@ def percentile_bounds(sessions: Sequence[Sequence[int]], p: float) -> Interval:
 
     Source: `gate.statistics.percentile_interval`; python -m benchmarks.latency_rule --budgets.
     """
+    import numpy as np
+
     pooled = np.sort(equal_parts(sessions))
     if len(sessions) < SESSIONS:
         return Interval(-math.inf, math.inf)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from gate.errors import MeasurementError
 from gate.statistics import student_t_quantile
 from gate.verdict import Interval
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 LOOKS = (5, 8, 12, 20)
 """Numbers of sessions after which the rule looks."""
@@ -70,6 +73,8 @@ def nearest_rank(durations_ns: Sequence[int] | npt.NDArray[np.integer], p: float
     Raises:
         MeasurementError: There is none, or one is not a positive whole number of nanoseconds.
     """
+    import numpy as np
+
     values = positive_durations(durations_ns)
     # The tolerance keeps ceil(0.95 * 20) at 19, whatever the last bit of 0.95 * 20.
     rank = max(math.ceil(p * len(values) - 1e-9), 1)
@@ -91,6 +96,8 @@ def durations_from(raw: Sequence[int] | npt.NDArray[np.integer], *, least: int) 
     Raises:
         MeasurementError: There is none, or one is not; names the first.
     """
+    import numpy as np
+
     values = np.asarray(raw)
     if values.ndim != 1 or values.size == 0:
         raise MeasurementError("no inference was timed, so there is no latency")
@@ -113,6 +120,8 @@ def estimate(log_ratios: Sequence[float]) -> RatioEstimate:
     Raises:
         MeasurementError: There are none, or one is not finite.
     """
+    import numpy as np
+
     values = np.asarray(log_ratios, np.float64)
     if values.ndim != 1 or values.size == 0:
         raise MeasurementError("no session was measured, so there is no ratio")

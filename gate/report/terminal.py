@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from gate.errors import ExitCode
 from gate.report.making import making_lines, reproduce_lines
 from gate.report.scores import HEADINGS as SCORE_HEADINGS
 from gate.report.scores import box_lines, score_table
+from gate.report.screen import is_terminal
 from gate.report.table import HEADINGS, NOT_RUN_HERE, device_text, rows
 from gate.report.timings import timing_lines
 from gate.results import CheckRun, EngineResult
@@ -46,15 +45,6 @@ MOST_NAMES = 3
 _SHORTER = {NOT_RUN_HERE: "not run", "PASSED (preflight only)": "PASSED (preflight)"}
 _CAUSE = "likely cause: "
 _OF_ANSWERS = ("parity.", "task.", "metamorphic.")
-_COLOURED = re.compile(r"\b(PASSED|FAILED|INCONCLUSIVE|NOT RUN|REFUSED|WARNING)\b")
-_STYLES = {
-    "PASSED": "bold green",
-    "FAILED": "bold red",
-    "INCONCLUSIVE": "bold yellow",
-    "NOT RUN": "bold magenta",
-    "REFUSED": "bold red",
-    "WARNING": "bold yellow",
-}
 
 
 def exit_code_of(status: Status) -> ExitCode:
@@ -309,36 +299,11 @@ def _reused(run: CheckRun) -> str:
     return f"reused: {'; '.join(parts)}" if parts else ""
 
 
-def show(text: str, stream: TextIO) -> None:
-    """Print a screen: styled on a terminal unless NO_COLOR is set, and without wrapping anywhere."""
-    if not _is_terminal(stream) or os.environ.get("NO_COLOR"):
-        stream.write(text)
-        stream.flush()
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(file=stream, soft_wrap=True, highlight=False)
-    shown = Text(text.rstrip("\n"))
-    for match in _COLOURED.finditer(shown.plain):
-        shown.stylize(_STYLES[match[1]], match.start(), match.end())
-    console.print(shown, soft_wrap=True)
-
-
-def terminal_width(stream: TextIO) -> int | None:
-    """Columns of the terminal that a stream is; None where it is none."""
-    if not _is_terminal(stream):
-        return None
-    import shutil
-
-    return shutil.get_terminal_size().columns
-
-
 @contextmanager
 def progress(stream: TextIO | None = None) -> Iterator[Observer]:
     """An observer for the time of a check: bars with an ETA on a terminal, else one plain line a stage."""
     stream = sys.stderr if stream is None else stream
-    if not _is_terminal(stream):
+    if not is_terminal(stream):
         yield PlainProgress(stream)
         return
     bars = Bars(stream)
@@ -346,10 +311,6 @@ def progress(stream: TextIO | None = None) -> Iterator[Observer]:
         yield bars
     finally:
         bars.done()
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class PlainProgress:

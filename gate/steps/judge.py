@@ -52,6 +52,8 @@ def check_engine(run: Context, engine: EngineSpec, backend: Backend) -> EngineRe
         build=made.build,
         engine_sha256=made.sha256,
         engine_path=str(made.path),
+        graph_path=None if made.graph is None else str(made.graph),
+        graph_sha256=made.graph_sha256,
         onnx_opset=made.opset,
         calibration_sha256=made.calibration_sha256,
         reused=made.reused,

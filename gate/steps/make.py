@@ -108,6 +108,8 @@ class Made:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     lowering: LoweringRecord | None = None
+    graph: Path | None = None
+    graph_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ def make_engine(run: Context, engine: EngineSpec, backend: Backend, *, rebuild: 
             run.scale_notes if calibration_sha256 is not None else (),
         ),
         lowering=graph.lowering,
+        graph=graph.path,
+        graph_sha256=None if graph.path is None else graph.sha256,
     )
 
 

@@ -17,7 +17,7 @@ from gate.steps.context import Context
 from gate.steps.feeds import SampleFeeds
 from gate.steps.latency import Rival, Timing, failure, private_folder
 from gate.steps.make import Made, make_engine
-from gate.store import SPEC_PATH, verify
+from gate.store import SPEC_PATH, verify_seal
 from gate.verdict import Evidence, Failure
 
 SESSION_MEMORY = ("device_steady_mib", "together_host_mib", "together_device_mib")
@@ -161,7 +161,7 @@ def bundle_rival(folder: Path, *, against: str) -> Rival:
         BundleError, DigestMismatch, VerificationError: It is not what was sealed.
         SpecError: Its spec cannot be read.
     """
-    bundle = verify(folder)
+    bundle = verify_seal(folder)
     file = read_spec(folder / SPEC_PATH)
     engine = file.engine(bundle.metadata.engine)
     subject = Subject(

@@ -23,7 +23,7 @@ from gate.steps.feeds import Feeds, RandomFeeds, SampleFeeds
 from gate.steps.latency import Rival, Timed, Timing, measured_latency
 from gate.steps.make import make_engine
 from gate.steps.rivals import bundle_rival, engine_subject, require_same_inputs, rival_of
-from gate.store import SPEC_PATH, verify
+from gate.store import SPEC_PATH, verify_seal
 from gate.verdict import Evidence
 
 _SEPARATOR = "::"
@@ -192,7 +192,7 @@ def _named(name: str) -> _Named:
     if not separator and Path(path).is_dir():
         rival = bundle_rival(Path(path), against=path)
         file = read_spec(Path(path) / SPEC_PATH)
-        return _Named(file, file.engine(verify(Path(path)).metadata.engine), rival)
+        return _Named(file, file.engine(verify_seal(Path(path)).metadata.engine), rival)
     if not Path(path).exists():
         raise SpecError(
             "there is no such file, and no such bundle",

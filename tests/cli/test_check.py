@@ -46,7 +46,7 @@ def test_a_wrong_spec_exits_2_before_anything_runs(gate_command, project):
     (project / "other.gate.toml").write_text(tiny.SPEC.replace("parity", "parrity"))
     outcome = gate_command("check", "gate.toml", "other.gate.toml")
     assert outcome.code == 2
-    assert outcome.err.startswith("other.gate.toml:21: [engine] has no key 'parrity'; did you mean 'parity'?")
+    assert outcome.err.startswith("other.gate.toml:21: [[engine]] has no key 'parrity'; did you mean 'parity'?")
     assert outcome.out == ""
 
 

@@ -115,7 +115,7 @@ def test_file_of_a_bundle_is_inspected_as_that_bundle(gate_command, bundle):
 def test_folder_of_bundles_names_them(gate_command, bundle):
     outcome = gate_command("inspect", str(bundle.parents[1]))
     assert outcome.code == 2
-    assert "is a folder, not a bundle (no seals/manifest.json)" in outcome.err
+    assert "is a folder, not a bundle (no seals/verdict.dsse.json)" in outcome.err
     assert f"gate inspect {bundle}" in outcome.err
 
 
@@ -123,7 +123,7 @@ def test_folder_that_is_no_bundle_is_a_usage_error(gate_command, project):
     (project / "plain").mkdir()
     outcome = gate_command("inspect", "plain")
     assert outcome.code == 2
-    assert "plain: is a folder, not a bundle (no seals/manifest.json)" in outcome.err
+    assert "plain: is a folder, not a bundle (no seals/verdict.dsse.json)" in outcome.err
 
 
 def test_folder_inside_a_bundle_names_the_bundle(gate_command, bundle):
@@ -134,7 +134,7 @@ def test_folder_inside_a_bundle_names_the_bundle(gate_command, bundle):
 
 
 def test_bundle_without_its_manifest_is_refused(gate_command, bundle):
-    (bundle / "seals/manifest.json").unlink()
+    (bundle / "seals/verdict.dsse.json").unlink()
     assert gate_command("inspect", str(bundle)).code == 4
 
 
@@ -185,7 +185,8 @@ def test_bundle_says_how_it_was_lowered_and_what_to_be_warned_of(gate_command, w
 
 def test_verifying_shows_warnings(gate_command, warned):
     lines = gate_command("verify", str(warned)).out.splitlines()
-    assert lines[-2:] == ["   note        calibrated on 4 samples", f"VERIFIED  {warned}"]
+    assert lines[-2] == "   note        calibrated on 4 samples"
+    assert lines[-1].startswith(f"INTACT  {warned}   who made it is not known")
     assert json.loads(gate_command("verify", "--json", str(warned)).out)["warnings"] == ["calibrated on 4 samples"]
 
 

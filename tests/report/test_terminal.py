@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from gate.report.terminal import PlainProgress, next_command, progress, render, show, terminal_width
+from gate.report.screen import show, terminal_width
+from gate.report.terminal import PlainProgress, next_command, progress, render
 from gate.verdict import Failure
 from tests.report import conftest as runs
 

@@ -19,6 +19,7 @@ from gate.errors import BaselineError, BundleError, DigestMismatch, RunError, Ve
 from gate.latency.config import Cell, LatencySpec, RegressionSpec, SpeedupSpec
 from gate.manifest import canonical_json, sha256_hex
 from gate.pipeline import CheckOptions, Silence, check, seal_passed
+from gate.release.statements import IN_TOTO, Envelope, envelope_from_bytes
 from gate.results import Fingerprint
 from gate.sessions.job import CellJob, Job
 from gate.sessions.run import run_session, write_feeds
@@ -34,6 +35,7 @@ from gate.steps.rivals import (
     rival_of,
     timing_of,
 )
+from gate.store import VERDICT_PATH
 from gate.verdict import Evidence, Failure, Status
 from tests.cli import conftest as tiny
 
@@ -156,16 +158,18 @@ def sha256(path: Path) -> str:
 
 
 def reseal(bundle: Path, name: str, text: str) -> None:
-    """Another content of a file, and the digest of it in the manifest."""
-    manifest = bundle / "seals/manifest.json"
-    for path in (bundle / name, manifest):
+    """Another content of a file, and the digest of it in the statement."""
+    seal = bundle / VERDICT_PATH
+    for path in (bundle / name, seal):
         path.chmod(0o644)
     (bundle / name).write_text(text)
-    statement = json.loads(manifest.read_bytes())
+    envelope = envelope_from_bytes(seal.read_bytes(), payload_type=IN_TOTO, where="")
+    statement = json.loads(envelope.payload)
     for each in statement["subject"]:
         if each["name"] == name:
             each["digest"]["sha256"] = sha256(bundle / name)
-    manifest.write_bytes(canonical_json(statement))
+            each["annotations"]["size_bytes"] = (bundle / name).stat().st_size
+    seal.write_bytes(Envelope(canonical_json(statement), IN_TOTO, ()).to_bytes())
 
 
 def ort(release: Release) -> EngineSpec:

@@ -1,0 +1,163 @@
+"""`gate ledger verify | show`: whether it is what was signed, and what was in a slot when."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gate.cli import COMMANDS
+from gate.errors import ExitCode, SpecError
+
+if TYPE_CHECKING:
+    from gate.ledger import Ledger
+    from gate.release.history import Occupation
+
+HEADINGS = ("from", "until", "model", "slot", "stage", "engine", "serial", "verdict", "how")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command and its own two."""
+    parser = subparsers.add_parser(
+        "ledger", help=COMMANDS["ledger"], description="Verify and show the ledger of promotions.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check = commands.add_parser(
+        "verify", help="verify every line: signatures, chain, order, and that none is missing", allow_abbrev=False
+    )
+    check.add_argument(
+        "--expect",
+        metavar="SHA256",
+        help="a line that must be in it, as gate promote printed it: kept elsewhere, it shows a ledger that was put back "
+        "to an older state",
+    )
+    check.set_defaults(run=_run_verify)
+    table = commands.add_parser("show", help="what was in each slot when", allow_abbrev=False)
+    table.add_argument("--slot", help="only this one")
+    table.set_defaults(run=_run_show)
+    for each in (check, table):
+        each.add_argument("--policy", type=Path, required=True, metavar="TRUST.TOML", help="the trust policy")
+        each.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _run_verify(args: argparse.Namespace) -> ExitCode:
+    """Verify all of it.
+
+    Raises:
+        LedgerError: It is not what was signed, or lacks the line that is expected.
+        SpecError: `--expect` is no SHA-256, or the policy names no ledger.
+    """
+    from gate.ledger import require_digest
+
+    expected = None if args.expect is None else require_digest(args.expect)
+    ledger = _read(args.policy)
+    witness = None if expected is None else ledger.require_line(expected)
+    if args.json:
+        found = {
+            "ledger": str(ledger.path),
+            "verified": True,
+            "entries": len(ledger.lines),
+            "sha256": ledger.lines[-1] if ledger.lines else None,
+            "expected_entry": witness,
+            "notes": list(ledger.notes),
+        }
+        print(json.dumps(found, ensure_ascii=False))
+        return ExitCode.PASSED
+    count = len(ledger.lines)
+    print(f"VERIFIED  {ledger.path}: {count} {'entry' if count == 1 else 'entries'}")
+    if count:
+        print(f"   {'witness':<9} entry {count - 1}, sha256 {ledger.head}")
+    if witness is not None:
+        print(f"   {'expected':<9} is entry {witness}")
+    for note in ledger.notes:
+        print(f"   {'note':<9} {note}")
+    return ExitCode.PASSED
+
+
+def _run_show(args: argparse.Namespace) -> ExitCode:
+    """Print the table.
+
+    Raises:
+        LedgerError: It is not what was signed.
+        SpecError: The policy names no ledger, or neither it nor the ledger has such a slot.
+    """
+    ledger = _read(args.policy)
+    rows = ledger.history.occupations(args.slot)
+    if not rows and args.slot is not None:
+        _require_slot(args.policy, args.slot)
+    if args.json:
+        found = {
+            "ledger": str(ledger.path),
+            "occupations": [{**asdict(each), "by": ledger.signers[each.index]} for each in rows],
+            "entries": [
+                {**msgspec.to_builtins(entry), "key": key, "sha256": digest}
+                for entry, key, digest in zip(ledger.history.entries, ledger.signers, ledger.lines, strict=True)
+                if args.slot in (None, entry.slot) or not entry.slot
+            ],
+            "notes": list(ledger.notes),
+        }
+        print(json.dumps(found, ensure_ascii=False))
+        return ExitCode.PASSED
+    if not rows:
+        print(f"nothing was promoted{'' if args.slot is None else f' to {args.slot}'}: {ledger.path}")
+    else:
+        print("\n".join(table_lines(HEADINGS, [_cells(each, ledger) for each in rows])))
+    for note in ledger.notes:
+        print(f"note: {note}")
+    return ExitCode.PASSED
+
+
+def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, each as wide as its widest cell."""
+    cells = [tuple(headings), *(tuple(map(_plain, row)) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _cells(row: Occupation, ledger: Ledger) -> tuple[str, ...]:
+    how = f"{row.how} by {ledger.signers[row.index]}"
+    if row.revoked is not None:
+        how += f", REVOKED {row.revoked}"
+    elif row.ended == "rollback":
+        how += ", rolled back"
+    until = row.until or "now"
+    return (
+        row.start,
+        until,
+        row.model,
+        row.slot,
+        row.stage,
+        row.engine,
+        str(row.serial),
+        row.verdict[:12],
+        how,
+    )
+
+
+def _plain(text: str) -> str:
+    """Text without characters that would move the cursor."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def _require_slot(path: Path, slot: str) -> None:
+    from gate.trust import read_policy
+
+    slots = read_policy(path).policy.slot
+    if slot not in slots:
+        raise SpecError(f"there is no slot {slot!r:.60}; it has {', '.join(slots)}", where=str(path))
+
+
+def _read(path: Path) -> Ledger:
+    from gate.ledger import read_ledger
+    from gate.trust import ledger_path, read_policy
+
+    policy = read_policy(path)
+    found = ledger_path(policy)
+    if found is None:
+        raise SpecError("names no ledger", where=str(path), hint='add ledger = "ledger.jsonl" above its first table')
+    return read_ledger(found, policy)

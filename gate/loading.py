@@ -1,0 +1,507 @@
+"""An engine of a bundle, loaded: verified first, held against this machine second, and deserialised last."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+from gate import atomic
+from gate.device import gpu
+from gate.engines import backend as backend_named
+from gate.engines.containers import FALLBACK_PATH
+from gate.errors import (
+    BackendUnavailable,
+    BundleError,
+    DigestMismatch,
+    GateError,
+    IncompatibleEngine,
+    PromotionRefused,
+    RunError,
+    SpecError,
+    VerificationError,
+)
+from gate.ledger import read_ledger
+from gate.manifest import MAX_JSON_BYTES, FileDigest, sha256_hex
+from gate.metadata import Metadata
+from gate.release.history import History
+from gate.release.statements import IN_TOTO, envelope_from_bytes
+from gate.spec import EngineOptions, EngineSpec, GateSpec, spec_from_text
+from gate.store import SPEC_PATH, VERDICT_PATH, engine_path_of
+from gate.tensors import Array, NamedArrays, TensorMeta
+from gate.trust import PolicyFile, ledger_path, read_policy
+from gate.verification import VerifiedBundle, verify
+
+if TYPE_CHECKING:
+    import torch
+
+    from gate.engines.interface import Runner
+
+Fallback = Literal["onnx", "pytorch"]
+
+_LOG = logging.getLogger(__name__)
+_CHUNK_BYTES = 2**20
+_SEALS = ("F_SEAL_SEAL", "F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE")
+
+
+class LoadedEngine:
+    """An engine that a policy lets in, ready to run; a `gate.engines.interface.Runner`. Close it when done.
+
+    Args:
+        runner: What runs.
+        verified: The bundle that it is of.
+        fallback: What runs in the engine's place, where it does not fit this machine: `onnx` or `pytorch`; None: the
+            engine itself.
+        reason: Why the engine does not run here; None where it does.
+        closing: What is closed with it.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        verified: VerifiedBundle,
+        *,
+        fallback: Fallback | None,
+        reason: str | None,
+        closing: ExitStack,
+    ) -> None:
+        self._runner = runner
+        self._closing = closing
+        self.verified = verified
+        self.fallback = fallback
+        self.reason = reason
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the engine is, how it was made, and what came of its check; of the engine in a fallback, too."""
+        return self.verified.metadata
+
+    @property
+    def inputs(self) -> Mapping[str, TensorMeta]:
+        """What it takes."""
+        return self._runner.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorMeta]:
+        """What it gives."""
+        return self._runner.outputs
+
+    def infer(self, feeds: NamedArrays) -> dict[str, Array]:
+        """One inference: arrays in, arrays out, by name.
+
+        Raises:
+            RunError: An input is missing, unexpected, of another dtype or outside the profile, or the engine failed.
+        """
+        return self._runner.run(feeds)
+
+    def run(self, feed_dict: NamedArrays) -> dict[str, Array]:
+        """As `infer`.
+
+        Raises:
+            RunError: As `infer`.
+        """
+        return self._runner.run(feed_dict)
+
+    def timed(self, feed_dict: NamedArrays) -> Callable[[], None]:
+        """A call that runs one inference on inputs that are bound already.
+
+        Raises:
+            RunError: As `infer`.
+        """
+        return self._runner.timed(feed_dict)
+
+    def close(self) -> None:
+        """Free the engine and close the bundle's files. Calling it twice is harmless."""
+        self._closing.close()
+
+    def __enter__(self) -> LoadedEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    bundle: Path,
+    policy: Path | PolicyFile,
+    *,
+    model: str,
+    slot: str,
+    reference: Callable[[], torch.nn.Module] | None = None,
+    now: str | None = None,
+) -> LoadedEngine:
+    """Verify a bundle, hold its engine against this machine, and load it.
+
+    The engine's bytes are those that were hashed: they are copied out of the bundle, hashed once more on the way, and
+    loaded from that copy, so that whoever can write to the bundle's folder changes nothing of what runs.
+
+    Args:
+        bundle: Its folder.
+        policy: The trust policy, or its file. It comes from elsewhere than the bundle.
+        model: Which model this has to be, without the digits of its weights.
+        slot: What it is to be used as.
+        reference: Gives the PyTorch model, for a slot whose policy allows `fallback = ["pytorch"]`.
+        now: The time, such as `2026-11-21T10:00:00Z`; None: the system's clock.
+
+    Raises:
+        SpecError: The policy cannot be read, or has no such slot or model.
+        LedgerError: The ledger is not what was signed.
+        VerificationError: The bundle is not what was sealed, or not what the policy asks for: DigestMismatch,
+            SignatureMismatch, IdentityMismatch, StaleVerdict, ApprovalsMissing.
+        PromotionRefused: The slot takes what was promoted alone, and this is not in it.
+        IncompatibleEngine: The engine does not fit this machine, and nothing that the policy allows in its place does;
+            says what was tried.
+        RunError: It fits, and could not be loaded.
+    """
+    file = policy if isinstance(policy, PolicyFile) else read_policy(policy)
+    with ExitStack() as stack:
+        verified = stack.enter_context(_verified(bundle, file, model=model, slot=slot, now=now))
+        spec, engine = _asked(verified)
+        allowed = file.policy.slot[slot].fallback
+        try:
+            runner = _engine(verified, spec=spec, engine=engine, closing=stack)
+            return LoadedEngine(runner, verified, fallback=None, reason=None, closing=stack.pop_all())
+        except (IncompatibleEngine, BackendUnavailable) as err:
+            if not allowed:
+                raise
+            reason = err.message
+        tried: list[str] = []
+        for kind in allowed:
+            try:
+                runner = _fallback(kind, verified, spec=spec, engine=engine, reference=reference, closing=stack)
+            except VerificationError:
+                raise
+            except GateError as err:
+                tried.append(f"{kind}: {err.message}")
+                continue
+            _LOG.warning(
+                "%s of slot %s runs as %s and not as the engine that was checked (%s): %s",
+                model,
+                slot,
+                {"onnx": "ONNX on the CPU", "pytorch": "PyTorch"}[kind],
+                bundle,
+                reason,
+            )
+            return LoadedEngine(runner, verified, fallback=kind, reason=reason, closing=stack.pop_all())
+        raise IncompatibleEngine(
+            f"the engine does not fit this machine, and nothing that slot {slot!r} allows in its place can be loaded: "
+            f"engine: {reason}; {'; '.join(tried)}",
+            where=str(bundle),
+            hint="Build and check an engine on a machine of this kind, or add to [slot] fallback in the policy.",
+        )
+
+
+def _verified(bundle: Path, file: PolicyFile, *, model: str, slot: str, now: str | None) -> VerifiedBundle:
+    """The bundle, held against the policy and, where the slot asks for it, against the ledger."""
+    path = ledger_path(file)
+    history = None if path is None else read_ledger(path, file).history
+    asked = file.policy.slot.get(slot)
+    if asked is None:
+        raise SpecError(
+            f"the policy has no slot {slot!r}; it has {', '.join(file.policy.slot)}",
+            where=str(file.path),
+        )
+    if asked.load == "approved":
+        return verify(bundle, policy=file, model=model, slot=slot, history=history, now=now)
+    if history is None:
+        raise PromotionRefused(
+            f"slot {slot!r} takes what was promoted alone, and the policy names no ledger that says what was",
+            where=str(file.path),
+            hint='Name one (ledger = "ledger.jsonl") and promote the bundle, or set load = "approved" for this slot.',
+        )
+    stage = _stage_in(history, _named_verdict(bundle), model=model, slot=slot)
+    verified = verify(
+        bundle, policy=file, model=model, slot=slot, stage=stage, history=history, now=now, admission=False
+    )
+    try:
+        verdict = verified.verdict_sha256
+        if not history.is_in_slot(verdict, model, slot):
+            raise PromotionRefused(
+                f"verdict {verdict[:12]}… of serial {verified.statement.predicate.serial} is not in slot {slot!r}: "
+                f"{_occupied(history, model, slot)}",
+                where=str(bundle),
+                hint=f"gate promote {bundle} --policy {file.path} --model {model} --slot {slot} --key KEY",
+            )
+        if _stage_in(history, verdict, model=model, slot=slot) != stage:
+            raise VerificationError("was exchanged while it was verified", where=str(bundle))
+    except BaseException:
+        verified.close()
+        raise
+    return verified
+
+
+def _named_verdict(bundle: Path) -> str | None:
+    """The digest of the verdict that a bundle brings, not verified: only to find its stage in the ledger."""
+    try:
+        data = atomic.read_regular(bundle / VERDICT_PATH, limit_bytes=MAX_JSON_BYTES, single_link=True)
+        return sha256_hex(envelope_from_bytes(data, payload_type=IN_TOTO, where=str(bundle / VERDICT_PATH)).payload)
+    except GateError:
+        return None
+
+
+def _stage_in(history: History, verdict: str | None, *, model: str, slot: str) -> str | None:
+    """The stage that a verdict has in a slot; None where it has none."""
+    for entry in (history.current(model, slot), history.candidate(model, slot)):
+        if entry is not None and entry.verdict == verdict:
+            return entry.stage
+    return None
+
+
+def _occupied(history: History, model: str, slot: str) -> str:
+    places = (history.current(model, slot), history.candidate(model, slot))
+    there = [f"serial {each.serial} in stage {each.stage}" for each in places if each is not None]
+    return f"there is {' and '.join(there)}" if there else "nothing was promoted into it"
+
+
+def _asked(verified: VerifiedBundle) -> tuple[GateSpec, EngineSpec]:  # the pair never leaves this module
+    """The spec in the bundle, and its engine.
+
+    Raises:
+        VerificationError: It is of another backend than the metadata say, or the engine's file is called otherwise.
+    """
+    where = verified.folder / SPEC_PATH
+    digest = _digest_of(verified, SPEC_PATH)
+    if digest.size_bytes > MAX_JSON_BYTES:
+        raise VerificationError("is too long for a spec", where=str(where))
+    with verified.open(SPEC_PATH) as stream:
+        data = stream.read(digest.size_bytes + 1)
+    if sha256_hex(data) != digest.sha256:
+        raise _changed(verified, SPEC_PATH)
+    try:
+        file = spec_from_text(data.decode("utf-8"), path=where)
+    except UnicodeDecodeError as err:
+        raise VerificationError("is not a text file in UTF-8", where=str(where)) from err
+    engine = file.engine(verified.metadata.engine)
+    if engine.backend != verified.metadata.backend or engine_path_of(engine.backend) != verified.engine:
+        raise VerificationError(
+            f"its engine {engine.name!r} is of backend {engine.backend!r}, the bundle holds {verified.engine} of "
+            f"{verified.metadata.backend!r}",
+            where=str(where),
+        )
+    return file.spec, engine
+
+
+def _engine(verified: VerifiedBundle, *, spec: GateSpec, engine: EngineSpec, closing: ExitStack) -> Runner:
+    """The engine itself, held against this machine before any of it is deserialised.
+
+    Raises:
+        IncompatibleEngine, BackendUnavailable: It does not fit this machine.
+        RunError: It does, and cannot be loaded.
+    """
+    backend = backend_named(engine.backend)
+    backend.version()
+    where = str(verified.folder / verified.engine)
+    if engine.options.plugins:
+        raise IncompatibleEngine(
+            f"it needs plugin libraries ({', '.join(engine.options.plugins)}), which are code that a bundle does not hold",
+            where=where,
+            hint="Build the engine without plugins of its own.",
+        )
+    is_plan = engine.backend in ("tensorrt", "tensorrt_rtx")
+    if not is_plan:
+        # A plan's options are those of its build, which another version may not have and still run the plan.
+        try:
+            backend.require_supported(engine)
+        except SpecError as err:
+            raise IncompatibleEngine(f"what is installed lacks what it asks for: {err.message}", where=where) from err
+    try:
+        with ExitStack() as opened:
+            own = opened.enter_context(_PrivateCopy(verified, verified.engine))
+            if is_plan:
+                _require_compatible(own.path, verified.metadata, engine)
+            runner = opened.enter_context(backend.open(own.path, spec=spec, engine=engine))
+            closing.push(opened.pop_all())
+            return runner
+    except (IncompatibleEngine, BackendUnavailable) as err:
+        err.where = where
+        raise
+    except RunError as err:
+        err.where = where
+        if engine.backend == "onnxruntime":
+            version = backend.version()
+            raise IncompatibleEngine(
+                f"it was checked with ONNX Runtime {verified.metadata.backend_version} (opset "
+                f"{verified.metadata.onnx_opset}); {version} here refuses it: {err.message}",
+                where=where,
+                hint=f"pip install onnxruntime=={verified.metadata.backend_version}",
+            ) from err
+        raise
+
+
+def _require_compatible(path: Path, metadata: Metadata, engine: EngineSpec) -> None:
+    """Hold a plan's header, its build record and where it was checked against this machine.
+
+    Raises:
+        IncompatibleEngine, BackendUnavailable: It does not fit.
+    """
+    from gate.engines.tensorrt.backend import TensorRTBackend
+
+    # The record of a plan that the team built says nothing of how it was built.
+    record = None if "plan" in metadata.build.options else metadata.build
+    TensorRTBackend(engine.backend).require_compatible(path, engine=engine, record=record, device=metadata.device)
+
+
+def _fallback(
+    kind: Fallback,
+    verified: VerifiedBundle,
+    *,
+    spec: GateSpec,
+    engine: EngineSpec,
+    reference: Callable[[], torch.nn.Module] | None,
+    closing: ExitStack,
+) -> Runner:
+    """What may run in the engine's place.
+
+    Raises:
+        GateError: It cannot; says why.
+        VerificationError: A file of the bundle was changed since it was verified.
+    """
+    if kind == "onnx":
+        return _graph_on_cpu(verified, spec=spec, engine=engine, closing=closing)
+    return closing.enter_context(_reference(verified, spec=spec, reference=reference))
+
+
+def _graph_on_cpu(verified: VerifiedBundle, *, spec: GateSpec, engine: EngineSpec, closing: ExitStack) -> Runner:
+    from gate.engines.onnxruntime.runner import OnnxRuntimeRunner
+
+    name = FALLBACK_PATH if FALLBACK_PATH in verified.files else verified.engine
+    if not name.endswith(".onnx"):
+        raise IncompatibleEngine(
+            f"the bundle holds no graph ({FALLBACK_PATH}); [policy] seal_fallback = true in the spec puts one there"
+        )
+    backend_named("onnxruntime").version()
+    try:
+        with ExitStack() as opened:
+            own = opened.enter_context(_PrivateCopy(verified, name))
+            runner = OnnxRuntimeRunner(own.path, spec=spec, cast_io=engine.cast_io, options=EngineOptions())
+            opened.enter_context(runner)
+            closing.push(opened.pop_all())
+            return runner
+    except RunError as err:
+        foreign = engine.nms == "efficient_nms" or engine.precision in ("fp8", "bf16")
+        why = "; it was made for TensorRT, and ONNX Runtime does not have all of its operators" if foreign else ""
+        raise RunError(f"{err.message}{why}", where=str(verified.folder / name), hint=err.hint) from err
+
+
+def _reference(verified: VerifiedBundle, *, spec: GateSpec, reference: Callable[[], torch.nn.Module] | None) -> Runner:
+    """The caller's PyTorch model, where its weights are those of the reference that the engine was checked against."""
+    expected = verified.metadata.digests.weights
+    if reference is None:
+        raise IncompatibleEngine("load was given no reference")
+    if expected is None or spec.model.factory is None:
+        raise IncompatibleEngine("the bundle does not say which weights the reference had in PyTorch")
+    backend_named("torch").version()
+    from gate.engines.torch.runner import TorchRunner
+    from gate.factory import state_digest
+
+    try:
+        module = reference()
+        got = state_digest(module)
+    except Exception as err:
+        raise RunError(f"the reference failed: {type(err).__name__}: {err}") from err
+    if got != expected:
+        raise RunError(f"the reference has other weights: {got[:12]}…, the engine was checked against {expected[:12]}…")
+    device = spec.model.device if gpu() is not None else "cpu"
+    return TorchRunner(module, spec=spec, device=device)
+
+
+class _PrivateCopy:
+    """A verified file's bytes where nobody else can write, hashed once more on the way.
+
+    In memory that is sealed against writing, where the system has that; else in a folder of this user alone.
+
+    Args:
+        verified: The bundle.
+        name: The file's path in it.
+
+    Raises:
+        DigestMismatch: The file was written to since it was hashed.
+        GateError: There is no room for it.
+    """
+
+    def __init__(self, verified: VerifiedBundle, name: str) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="gate-"))
+        self._file = -1
+        self.path = self._folder / Path(name).name
+        try:
+            if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
+                self._file = os.memfd_create("gate-engine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                with os.fdopen(os.dup(self._file), "wb") as target:
+                    _copy(verified, name, target)
+                fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _all_seals())
+                self.path.symlink_to(f"/proc/{os.getpid()}/fd/{self._file}")
+            else:
+                file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                with os.fdopen(file, "wb") as target:
+                    _copy(verified, name, target)
+        except OSError as err:
+            self.close()
+            raise GateError(
+                f"cannot be copied before it is loaded: {err.strerror or err}", where=str(verified.folder / name)
+            ) from err
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> _PrivateCopy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _all_seals() -> int:
+    """Against every change, this process's own included. Source: fcntl(2), "File Sealing"."""
+    seals = 0
+    for name in _SEALS:
+        seals |= int(getattr(fcntl, name))
+    return seals
+
+
+def _copy(verified: VerifiedBundle, name: str, target: BinaryIO) -> None:
+    """Copy what was hashed, and not a byte more than there was.
+
+    Raises:
+        DigestMismatch: It is not what was hashed.
+    """
+    expected = _digest_of(verified, name)
+    digest, left = hashlib.sha256(), expected.size_bytes + 1
+    with verified.open(name) as source:
+        while left > 0 and (chunk := source.read(min(left, _CHUNK_BYTES))):
+            digest.update(chunk)
+            target.write(chunk)
+            left -= len(chunk)
+    if left != 1 or digest.hexdigest() != expected.sha256:
+        raise _changed(verified, name)
+
+
+def _digest_of(verified: VerifiedBundle, name: str) -> FileDigest:
+    digest = verified.files.get(name)
+    if digest is None:
+        raise BundleError("is missing", where=str(verified.folder / name))
+    return digest
+
+
+def _changed(verified: VerifiedBundle, name: str) -> DigestMismatch:
+    return DigestMismatch(
+        "was written to after it was verified",
+        where=str(verified.folder / name),
+        hint="Someone can write to the bundle's folder. Fetch the bundle again, and let nobody write there.",
+    )

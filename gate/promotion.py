@@ -1,0 +1,541 @@
+"""Approvals, promotions, rollbacks and revocations: verified first, then signed and written.
+
+Only what `gate.verification.verify` returned is promoted, and only what it accepts is rolled back to.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gate import atomic
+from gate.errors import BundleError, GateError, PromotionRefused
+from gate.ledger import Ledger, append, read_ledger
+from gate.manifest import MAX_JSON_BYTES, sha256_hex
+from gate.release.history import History, may_enter, next_stage, rollback_targets
+from gate.release.policy import GATE, PROMOTER, StagePolicy, TrustedKey, TrustPolicy, is_valid, requirements
+from gate.release.statements import (
+    IN_TOTO,
+    ApprovalPredicate,
+    ApprovalStatement,
+    ApprovedVerdict,
+    Envelope,
+    LedgerEntry,
+    SubjectDigest,
+    VerdictStatement,
+    envelope_from_bytes,
+    model_name,
+    payload_of,
+    statement_from_payload,
+)
+from gate.signing import KeySigner
+from gate.store import VERDICT_PATH, approval_path
+from gate.trust import PolicyFile, ledger_path
+from gate.verification import VerifiedBundle, verify
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Approved:
+    """An approval that was written.
+
+    Args:
+        path: Its file.
+        key: The key's name in the policy.
+        role, slot: As which, for what.
+        verdict_sha256, serial, engine: What was approved.
+    """
+
+    path: Path
+    key: str
+    role: str
+    slot: str
+    verdict_sha256: str
+    serial: int
+    engine: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An entry that is in the ledger now.
+
+    Args:
+        entry: It.
+        sha256: Of its line: kept elsewhere, it shows a ledger that was put back to an older state.
+        key: The name of the key that signed it.
+        path: The ledger's file.
+        notes: What was found on the way: what a writer that was killed left, and bundles that were passed over.
+        following: The stage that comes next; None where there is none.
+        places: Where a revoked verdict still is.
+    """
+
+    entry: LedgerEntry
+    sha256: str
+    key: str
+    path: Path
+    notes: tuple[str, ...] = ()
+    following: StagePolicy | None = None
+    places: tuple[LedgerEntry, ...] = ()
+
+
+def clock() -> str:
+    """The time of the system, UTC, in whole seconds."""
+    return dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def approve(
+    bundle: Path,
+    *,
+    policy: PolicyFile,
+    model: str,
+    slot: str,
+    signer: KeySigner,
+    role: str | None = None,
+    comment: str = "",
+    now: str | None = None,
+) -> Approved:
+    """Sign an approval of a bundle's verdict for a slot, and put it beside the verdict.
+
+    Everything but the approvals is verified first, as for the slot's first stage: nobody approves what would be
+    refused.
+
+    Args:
+        bundle: Its folder.
+        policy: The trust policy.
+        model, slot: For what.
+        signer: The approver's key.
+        role: As which; None: the only role of the key that the slot asks for.
+        comment: Why.
+        now: The time; None: the system's clock.
+
+    Raises:
+        VerificationError: The bundle would be refused.
+        PromotionRefused: The key is not in the policy, not valid, has not that role, or approved it already.
+    """
+    now = now or clock()
+    stages = stages_of(policy.policy, slot)
+    key = _require_key(policy, signer, now)
+    role = role_of(key, policy.policy, slot, role, where=str(policy.path))
+    history = _history(policy)
+    stage = next_stage(history, model=model, slot=slot, stages=stages, verdict=peek(bundle)[1]).name
+    with verify(
+        bundle, policy=policy, model=model, slot=slot, stage=stage, history=history, now=now, approvals=False
+    ) as verified:
+        said = verified.statement.predicate
+        target = bundle / approval_path(signer.public.keyid, slot)
+        if os.path.lexists(target):
+            raise PromotionRefused(
+                f"{key.name} approved it for {slot} already; one key counts once",
+                where=str(target),
+                hint="another key has to approve; an approval that does not count may be removed and made anew",
+            )
+        statement = ApprovalStatement(
+            subject=(ApprovedVerdict(SubjectDigest(verified.verdict_sha256)),),
+            predicate=ApprovalPredicate(
+                role=role, slot=slot, model_id=said.model_id, serial=said.serial, created=now, comment=comment
+            ),
+        )
+        payload = payload_of(statement)
+        statement_from_payload(payload, ApprovalStatement, where=str(target))
+        atomic.write_bytes(target, signer.sign(payload, IN_TOTO).to_bytes())
+        return Approved(target, key.name, role, slot, verified.verdict_sha256, said.serial, said.engine)
+
+
+def promote(
+    bundle: Path,
+    *,
+    policy: PolicyFile,
+    model: str,
+    slot: str,
+    signer: KeySigner,
+    stage: str | None = None,
+    requests: int | None = None,
+    reason: str = "",
+    now: str | None = None,
+) -> Recorded:
+    """Verify a bundle for a stage of a slot and write into the ledger that it is there now.
+
+    Args:
+        bundle: Its folder.
+        policy: The trust policy.
+        model, slot: Where to.
+        signer: A promoter's key.
+        stage: Where to; None: the next one of this bundle.
+        requests: Served in the stage that it leaves.
+        reason: Why.
+        now: The time; None: the system's clock.
+
+    Raises:
+        VerificationError: The bundle is refused.
+        LedgerError: The ledger is not what was signed.
+        PromotionRefused: The policy does not allow it, or somebody else was first.
+    """
+    now = now or clock()
+    stages = stages_of(policy.policy, slot)
+    _require_key(policy, signer, now, role=PROMOTER)
+    ledger = read_ledger(_ledger_path(policy), policy)
+    history = ledger.history
+    if stage is None:
+        stage = next_stage(history, model=model, slot=slot, stages=stages, verdict=peek(bundle)[1]).name
+    with verify(bundle, policy=policy, model=model, slot=slot, stage=stage, history=history, now=now) as verified:
+        serial = verified.statement.predicate.serial
+        may_enter(
+            history,
+            model=model,
+            slot=slot,
+            stage=stage,
+            stages=stages,
+            verdict=verified.verdict_sha256,
+            serial=serial,
+            now=now,
+            requests=requests,
+        )
+        position = [each.name for each in stages].index(stage)
+        is_full = position == len(stages) - 1
+        entry = _entry_for(verified, action="promote", is_full=is_full, now=now, requests=requests, reason=reason)
+        following = None if is_full else stages[position + 1]
+        return _record(ledger, policy, entry, signer, following=following)
+
+
+def rollback(
+    *,
+    policy: PolicyFile,
+    model: str,
+    slot: str,
+    signer: KeySigner,
+    reason: str,
+    bundle: Path | None = None,
+    now: str | None = None,
+) -> Recorded:
+    """Take the candidate out of its stage; where there is none, go back to the last good bundle.
+
+    What is gone back to is verified again, but for freshness and approvals. One that does not verify is passed over.
+
+    Args:
+        policy: The trust policy.
+        model, slot: Where.
+        signer: A promoter's key.
+        reason: Why.
+        bundle: The folder to go back to, where it no longer lies where it was promoted from, or where it is not to be
+            the last one; it must have had all of the traffic before.
+        now: The time; None: the system's clock.
+
+    Raises:
+        LedgerError: The ledger is not what was signed.
+        PromotionRefused: There is nothing to go back to, or somebody else was first.
+    """
+    now = now or clock()
+    stages = stages_of(policy.policy, slot)
+    _require_key(policy, signer, now, role=PROMOTER)
+    _require_reason(reason)
+    ledger = read_ledger(_ledger_path(policy), policy)
+    history = ledger.history
+    candidate = history.candidate(model, slot)
+    if candidate is not None:
+        if bundle is not None:
+            raise PromotionRefused(
+                f"serial {candidate.serial} is in the stage {candidate.stage}: that is taken out first",
+                where=f"{model} / {slot}",
+                hint="run it without --bundle, then again with it",
+            )
+        dropped = _replaced(candidate, policy=policy, now=now, reason=reason)
+        return _record(ledger, policy, dropped, signer)
+    notes: list[str] = []
+    for folder, allowed in _to_try(history, model=model, slot=slot, bundle=bundle):
+        try:
+            with verify(
+                folder,
+                policy=policy,
+                model=model,
+                slot=slot,
+                stage=stages[-1].name,
+                history=history,
+                now=now,
+                admission=False,
+            ) as verified:
+                if verified.verdict_sha256 not in allowed:
+                    raise PromotionRefused(
+                        f"it holds the verdict {verified.verdict_sha256[:12]}, not {' or '.join(each[:12] for each in allowed)}",
+                        where=str(folder),
+                    )
+                entry = _entry_for(verified, action="rollback", is_full=True, now=now, requests=None, reason=reason)
+        except GateError as err:
+            notes.append(f"passed over {folder}: {str(err).splitlines()[0]}")
+            continue
+        return _record(ledger, policy, entry, signer, notes=tuple(notes))
+    raise _nothing_to_go_back_to(history, model, slot, notes)
+
+
+def revoke(
+    what: str,
+    *,
+    policy: PolicyFile,
+    signer: KeySigner,
+    reason: str,
+    now: str | None = None,
+) -> Recorded:
+    """Write into the ledger that a verdict counts for nothing from now on, anywhere.
+
+    Args:
+        what: A bundle's folder, or the SHA-256 of a verdict that the ledger knows.
+        policy: The trust policy.
+        signer: A promoter's key.
+        reason: Why.
+        now: The time; None: the system's clock.
+
+    Raises:
+        BundleError: It is no bundle.
+        LedgerError: The ledger is not what was signed.
+        PromotionRefused: It is revoked already, or the ledger does not know it.
+    """
+    now = now or clock()
+    _require_key(policy, signer, now, role=PROMOTER)
+    _require_reason(reason)
+    ledger = read_ledger(_ledger_path(policy), policy)
+    history = ledger.history
+    if _SHA256.fullmatch(what) and not Path(what).exists():
+        verdict = what
+        known = next((each for each in reversed(history.entries) if each.verdict == verdict), None)
+        if known is None:
+            raise PromotionRefused(
+                f"the ledger does not know the verdict {verdict[:12]}",
+                where=str(ledger.path),
+                hint="give the bundle's folder: gate revoke BUNDLE",
+            )
+        entry = _replaced(known, policy=policy, now=now, reason=reason)
+    else:
+        statement, verdict = peek(Path(what))
+        said = statement.predicate
+        entry = LedgerEntry(
+            index=0,
+            previous="0" * 64,
+            time=now,
+            action="revoke",
+            model=model_name(said.model_id),
+            slot="",
+            stage="",
+            full=False,
+            verdict=verdict,
+            serial=said.serial,
+            engine=said.engine,
+            engine_sha256=said.engine_sha256,
+            bundle=str(Path(what).absolute()),
+            policy_sha256=policy.sha256,
+            approvals=(),
+            requests=None,
+            reason=reason,
+        )
+    if (gone := history.revoked(verdict)) is not None:
+        raise PromotionRefused(
+            f"the verdict {verdict[:12]} was revoked at {gone.time}: {gone.reason or 'no reason given'}",
+            where=str(ledger.path),
+        )
+    entry = _changed(entry, action="revoke", slot="", stage="", full=False)
+    return _record(ledger, policy, entry, signer, places=history.places_of(verdict))
+
+
+def stages_of(policy: TrustPolicy, slot: str) -> tuple[StagePolicy, ...]:
+    """The stages of a slot, in order.
+
+    Raises:
+        SpecError: The policy has no such slot.
+    """
+    stages = policy.slot[slot].stage if slot in policy.slot else ()
+    requirements(policy, slot, stages[0].name if stages else "")
+    return stages
+
+
+def role_of(key: TrustedKey, policy: TrustPolicy, slot: str, role: str | None, *, where: str) -> str:
+    """As which a key approves for a slot.
+
+    Args:
+        key: The approver's.
+        policy: Says which roles the slot, or a stage of it, asks for.
+        slot: For what.
+        role: Asked for; None: the only one that the key has and the slot asks for.
+        where: Names the policy in errors.
+
+    Raises:
+        PromotionRefused: The key has not that role, the slot asks for none of it, or there are several.
+    """
+    asked = policy.slot[slot]
+    needed = {*asked.approvals, *(name for each in asked.stage for name in each.approvals or ())}
+    if GATE in key.roles:
+        raise PromotionRefused(f"{key.name} issues verdicts, and cannot approve them", where=where)
+    if role is None:
+        fitting = [each for each in key.roles if each in needed]
+        if len(fitting) > 1:
+            raise PromotionRefused(
+                f"{key.name} may approve as {' or '.join(fitting)}", where=where, hint=f"say which: --role {fitting[0]}"
+            )
+        role = fitting[0] if fitting else None
+    if role is None or role not in key.roles:
+        raise PromotionRefused(
+            f"{key.name} is {', '.join(key.roles)}"
+            + (f", not {role}" if role else f"; {slot} asks for approvals by {', '.join(sorted(needed)) or 'nobody'}"),
+            where=where,
+        )
+    if role not in needed:
+        raise PromotionRefused(
+            f"{slot} asks for no approval by {role}, but by {', '.join(sorted(needed)) or 'nobody'}", where=where
+        )
+    return role
+
+
+def peek(bundle: Path) -> tuple[VerdictStatement, str]:
+    """What a bundle's verdict says it is, and the SHA-256 of its payload; nothing of it is verified.
+
+    Raises:
+        BundleError: It is no bundle, or its verdict cannot be read.
+    """
+    path = bundle / VERDICT_PATH
+    try:
+        envelope: Envelope = envelope_from_bytes(
+            atomic.read_regular(path, limit_bytes=MAX_JSON_BYTES), payload_type=IN_TOTO, where=str(path)
+        )
+    except OSError as err:
+        raise BundleError(f"cannot be read: {err.strerror}", where=str(path)) from err
+    return statement_from_payload(envelope.payload, VerdictStatement, where=str(path)), sha256_hex(envelope.payload)
+
+
+def _ledger_path(policy: PolicyFile) -> Path:
+    path = ledger_path(policy)
+    if path is None:
+        raise PromotionRefused(
+            "names no ledger, so nothing can be promoted",
+            where=str(policy.path),
+            hint='add ledger = "ledger.jsonl" to it, above the first table',
+        )
+    return path
+
+
+def _history(policy: PolicyFile) -> History:
+    path = ledger_path(policy)
+    return History() if path is None else read_ledger(path, policy).history
+
+
+def _require_key(policy: PolicyFile, signer: KeySigner, now: str, *, role: str | None = None) -> TrustedKey:
+    keyid = signer.public.keyid
+    trusted = policy.keys.get(keyid)
+    if trusted is None:
+        raise PromotionRefused(
+            f"does not have the key {keyid[:16]}",
+            where=str(policy.path),
+            hint="its owner prints it with gate key show; who may change the policy adds it as [[key]]",
+        )
+    key = trusted.entry
+    if (why := is_valid(key, now)) is not None:
+        raise PromotionRefused(f"key {key.name} {why}", where=str(policy.path))
+    if role is not None and role not in key.roles:
+        raise PromotionRefused(f"key {key.name} is {', '.join(key.roles)}, not {role}", where=str(policy.path))
+    return key
+
+
+def _require_reason(reason: str) -> None:
+    if not reason.strip():
+        raise PromotionRefused("says no reason", hint='say why: --reason "p99 doubled since noon"')
+
+
+def _entry_for(
+    verified: VerifiedBundle, *, action: str, is_full: bool, now: str, requests: int | None, reason: str
+) -> LedgerEntry:
+    said = verified.statement.predicate
+    return LedgerEntry(
+        index=0,
+        previous="0" * 64,
+        time=now,
+        action="promote" if action == "promote" else "rollback",
+        model=verified.model,
+        slot=verified.slot,
+        stage=verified.stage,
+        full=is_full,
+        verdict=verified.verdict_sha256,
+        serial=said.serial,
+        engine=said.engine,
+        engine_sha256=said.engine_sha256,
+        bundle=str(verified.folder.absolute()),
+        policy_sha256=verified.policy.sha256,
+        approvals=verified.approvals,
+        requests=requests,
+        reason=reason,
+    )
+
+
+def _replaced(entry: LedgerEntry, *, policy: PolicyFile, now: str, reason: str) -> LedgerEntry:
+    """An entry on the same verdict that takes it away."""
+    return _changed(
+        entry, action="rollback", time=now, policy_sha256=policy.sha256, approvals=(), requests=None, reason=reason
+    )
+
+
+def _changed(entry: LedgerEntry, **values: object) -> LedgerEntry:
+    import msgspec
+
+    return msgspec.structs.replace(entry, **values)
+
+
+def _record(
+    ledger: Ledger,
+    policy: PolicyFile,
+    entry: LedgerEntry,
+    signer: KeySigner,
+    *,
+    notes: Sequence[str] = (),
+    following: StagePolicy | None = None,
+    places: tuple[LedgerEntry, ...] = (),
+) -> Recorded:
+    written = append(
+        ledger.path,
+        policy,
+        ledger,
+        lambda index, previous: _changed(entry, index=index, previous=previous),
+        signer,
+    )
+    return Recorded(
+        entry=written.history.entries[-1],
+        sha256=written.head,
+        key=written.signers[-1],
+        path=ledger.path,
+        notes=(*ledger.notes, *notes),
+        following=following,
+        places=places,
+    )
+
+
+def _to_try(
+    history: History, *, model: str, slot: str, bundle: Path | None
+) -> tuple[tuple[Path, tuple[str, ...]], ...]:
+    """The folders to look at, in order, and the verdicts that each may hold."""
+    if bundle is None:
+        targets = rollback_targets(history, model, slot)
+        return tuple((Path(each.bundle), (each.verdict,)) for each in targets)
+    current = history.current(model, slot)
+    held = tuple(
+        each.verdict
+        for each in history.held(model, slot)
+        if history.revoked(each.verdict) is None and (current is None or each.verdict != current.verdict)
+    )
+    return ((bundle, held),) if held else ()
+
+
+def _nothing_to_go_back_to(history: History, model: str, slot: str, notes: Sequence[str]) -> PromotionRefused:
+    where = f"{model} / {slot}"
+    if notes:
+        return PromotionRefused(
+            "none of the bundles before this one verifies:\n" + "\n".join(f"  {each}" for each in notes),
+            where=where,
+            hint="say where a good one lies: gate rollback ... --bundle DIR",
+        )
+    current = history.current(model, slot)
+    what = "nothing was promoted here" if current is None else f"nothing good was here before serial {current.serial}"
+    gone = sum(history.revoked(each.verdict) is not None for each in history.held(model, slot))
+    return PromotionRefused(
+        what + (f"; {gone} {'was' if gone == 1 else 'were'} revoked" if gone else ""),
+        where=where,
+        hint="a revoked bundle never comes back: check, seal and promote a new one",
+    )

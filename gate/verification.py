@@ -1,0 +1,368 @@
+"""A bundle held against a trust policy: who signed it, for what, and whether that is enough here and now.
+
+Nothing of the bundle is parsed before its signature holds, but for the
+envelope around it, and nothing is opened by a framework at all.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from gate import atomic
+from gate.engines.containers import FALLBACK_PATH, require_engine
+from gate.errors import BundleError, GateError, SignatureMismatch, VerificationError
+from gate.manifest import MAX_JSON_BYTES, FileDigest
+from gate.metadata import Metadata
+from gate.release.history import History
+from gate.release.policy import GATE, Requirements, TrustedKey, is_valid, requirements
+from gate.release.rules import (
+    Vote,
+    is_ahead,
+    require_approved,
+    require_findings,
+    require_fresh,
+    require_identity,
+    require_unrevoked,
+    tally,
+)
+from gate.release.statements import (
+    IN_TOTO,
+    ApprovalStatement,
+    CountedApproval,
+    Envelope,
+    VerdictStatement,
+    envelope_from_bytes,
+    statement_from_payload,
+)
+from gate.signing import verified
+from gate.store import VERDICT_PATH, SealCheck, Step, Steps, approval_path
+from gate.trust import PolicyFile, Trusted, pinned
+from gate.verdict import Evidence
+
+_TOKEN = object()
+
+
+@dataclass(frozen=True)
+class VerifiedBundle:
+    """A bundle that a policy lets into a slot. Only `verify` makes one; only it can be promoted or loaded.
+
+    It holds the files that were hashed open; closing it closes them.
+
+    Args:
+        folder: Where it lies.
+        metadata: Of its engine.
+        statement: The verdict.
+        verdict_sha256: Of the statement's bytes: what approvals and the ledger name.
+        files: Every file but the seals, by its path in the bundle.
+        engine: The engine's path in the bundle.
+        model, slot, stage: What it was verified for.
+        signed_by: The name of the key that signed the verdict.
+        approvals: Those that count.
+        policy: It was held against.
+        steps: What was looked at, in order.
+        warnings: What a reader must know although it passed.
+    """
+
+    folder: Path
+    metadata: Metadata
+    statement: VerdictStatement
+    verdict_sha256: str
+    files: Mapping[str, FileDigest]
+    engine: str
+    model: str
+    slot: str
+    stage: str
+    signed_by: str
+    approvals: tuple[CountedApproval, ...]
+    policy: PolicyFile
+    steps: tuple[Step, ...]
+    warnings: tuple[str, ...]
+    _check: SealCheck
+    _token: object = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self._token is not _TOKEN:
+            raise VerificationError("a verified bundle is what gate.verification.verify returns, and nothing else")
+
+    def __enter__(self) -> VerifiedBundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise VerificationError("a verified bundle holds open files and cannot be copied; verify it again")
+
+    def open(self, name: str) -> BinaryIO:
+        """The file that was hashed, at its beginning; one stream of a file at a time.
+
+        What is read may still have been written to meanwhile by whoever can write there: hash it as it is read.
+
+        Raises:
+            BundleError: It is not one of `artifacts/` or `policy/`, or the bundle was closed.
+        """
+        stream = self._check.opened.get(name)
+        if stream is None:
+            raise BundleError("is not a file that is kept open", where=str(self.folder / name))
+        file = os.dup(stream.fileno())
+        os.lseek(file, 0, os.SEEK_SET)
+        return os.fdopen(file, "rb")
+
+    def close(self) -> None:
+        """Close every file."""
+        self._check.close()
+
+
+def verify(
+    bundle: Path,
+    *,
+    policy: PolicyFile,
+    model: str,
+    slot: str,
+    stage: str | None = None,
+    history: History | None = None,
+    now: str | None = None,
+    admission: bool = True,
+    approvals: bool = True,
+    on_step: Callable[[Step], None] | None = None,
+) -> VerifiedBundle:
+    """Hold a bundle against a policy: nothing in it is loaded, the first thing that is wrong ends it.
+
+    Args:
+        bundle: Its folder.
+        policy: The trust policy, from elsewhere than the bundle.
+        model: Asked for, without the digits of its weights.
+        slot: Asked for.
+        stage: Of the slot; None: its last, which is all of the traffic.
+        history: What the ledger says; None: there is none.
+        now: The time; None: the system's clock.
+        admission: False for what was let in before (a rollback, a restart): it need not be fresh nor approved again, and
+            its key may have expired since. A revoked verdict, or one of a revoked key, is still refused.
+        approvals: False leaves that step out, for those who are about to approve.
+        on_step: Told each step when it is done, the one that fails included.
+
+    Raises:
+        BundleError: It is not there, or a file is missing, a link, or not strict JSON.
+        SpecError: The policy has no such slot or stage, or what it pins is not there.
+        VerificationError: DigestMismatch, SignatureMismatch, IdentityMismatch, StaleVerdict, ApprovalsMissing, or the
+            bundle is not what it says it is.
+    """
+    at = now or dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    asked = _Asked(
+        policy, model, slot, requirements(policy.policy, slot, _stage(policy, slot, stage)), history, at, admission
+    )
+    check = SealCheck(bundle, keep_open=True)
+    steps = Steps(bundle, on_step)
+    counted: tuple[CountedApproval, ...] = ()
+    try:
+        steps.take("tree", check.tree)
+        steps.take("policy", asked.said)
+        steps.take("signature", lambda: asked.signature(check))
+        steps.take("schema", lambda: _schema(asked, check))
+        steps.take("digests", lambda: _digests(check))
+        steps.take("subject", lambda: asked.subject(check))
+        steps.take("verdict", lambda: asked.verdict(check))
+        steps.take("freshness", lambda: asked.freshness(check))
+        if admission and approvals:
+            votes = asked.votes(check)
+            needed = asked.needed.approvals
+            command = f"gate approve {bundle} --policy {policy.path} --model {model} --slot {slot} --key KEY"
+            found = tally(votes, needed)
+            steps.take("approvals", lambda: require_approved(found, title=bundle.name, command=command))
+            counted = found.counted
+        return VerifiedBundle(
+            folder=bundle,
+            metadata=check.metadata,
+            statement=check.statement,
+            verdict_sha256=check.verdict_sha256,
+            files=dict(check.files),
+            engine=check.engine,
+            model=model,
+            slot=slot,
+            stage=asked.needed.stage,
+            signed_by=asked.signer.entry.name,
+            approvals=counted,
+            policy=policy,
+            steps=tuple(steps.taken),
+            warnings=check.metadata.warnings,
+            _check=check,
+            _token=_TOKEN,
+        )
+    except BaseException:
+        check.close()
+        raise
+
+
+@dataclass
+class _Asked:
+    """What a bundle is held against."""
+
+    policy: PolicyFile
+    model: str
+    slot: str
+    needed: Requirements
+    history: History | None
+    now: str
+    admission: bool
+    signer: Trusted = field(init=False)
+
+    def said(self) -> str:
+        """What the policy is."""
+        asked = ", ".join(f"{count} of {role}" for role, count in self.needed.approvals.items())
+        count = len(self.policy.keys)
+        return f"{self.policy.path}, {count} key{'s' if count > 1 else ''}, approvals: {asked or 'none'}"
+
+    def signature(self, check: SealCheck) -> str:
+        """One key of the gate signed the verdict, and may."""
+        where = check.where(VERDICT_PATH)
+        envelope = check.read_envelope()
+        if not envelope.signatures:
+            raise SignatureMismatch(
+                "nobody signed the verdict",
+                where=where,
+                hint="Seal it with a key: gate seal SPEC --key KEY --slot SLOT",
+            )
+        if len(envelope.signatures) != 1:
+            raise SignatureMismatch(f"{len(envelope.signatures)} keys signed the verdict, one does", where=where)
+        self.signer = self._signer(envelope, role=GATE, where=where)
+        return f"verdict by {self.signer.entry.name} ({self.signer.public.keyid[:12]}…)"
+
+    def signed_then(self, check: SealCheck) -> None:
+        """The key was good on the day that the verdict names, too."""
+        created = check.statement.predicate.created
+        if (why := is_valid(self.signer.entry, created)) is not None:
+            raise SignatureMismatch(
+                f"key {self.signer.entry.name} {why}, the verdict says it was made on {created}",
+                where=check.where(VERDICT_PATH),
+            )
+
+    def _signer(self, envelope: Envelope, *, role: str, where: str) -> Trusted:
+        """The trusted key that signed, whose signature holds, which counts now and has the role.
+
+        Raises:
+            SignatureMismatch: There is none; says why.
+        """
+        keyid = envelope.signatures[0].keyid
+        key = self.policy.keys.get(keyid)
+        if key is None:
+            raise SignatureMismatch(f"key {keyid[:12]}… is not in the policy", where=where)
+        if (why := self.against(key.entry)) is not None:
+            raise SignatureMismatch(f"key {key.entry.name} {why}", where=where)
+        if role not in key.entry.roles:
+            roles = ", ".join(key.entry.roles)
+            raise SignatureMismatch(f"key {key.entry.name} is of role {roles}, not {role}", where=where)
+        if verified(envelope, [key.public], where=where) != (keyid,):
+            raise SignatureMismatch(f"the signature by key {key.entry.name} does not hold", where=where)
+        return key
+
+    def against(self, entry: TrustedKey) -> str | None:
+        """Why a key does not count now. What was let in before outlives the key that signed it, unless that is revoked."""
+        if self.admission or (entry.revoked is not None and self.now >= entry.revoked):
+            return is_valid(entry, self.now)
+        return None
+
+    def subject(self, check: SealCheck) -> str:
+        """Model, slot, and what the verdict rests on."""
+        pins = pinned(self.policy, self.model)
+        return require_identity(
+            check.statement.predicate,
+            model=self.model,
+            slot=self.slot,
+            spec=pins.spec,
+            data=pins.data,
+            baseline=pins.baseline,
+        )
+
+    def verdict(self, check: SealCheck) -> str:
+        """Every outcome recomputed; the checks and the evidence that the policy asks for."""
+        text = check.verdict(Evidence(self.needed.evidence))
+        require_findings((each.check for each in check.metadata.verdict.findings), self.needed.findings)
+        return text
+
+    def freshness(self, check: SealCheck) -> str:
+        """Not expired, not revoked, not older than what was let in."""
+        said = check.statement.predicate
+        if not self.admission:
+            require_unrevoked(check.verdict_sha256, self.history)
+            return f"serial {said.serial}, let in before, not revoked"
+        return require_fresh(
+            said,
+            check.verdict_sha256,
+            slot=self.slot,
+            now=self.now,
+            max_age_days=self.needed.max_age_days,
+            accepted=self.history,
+        )
+
+    def votes(self, check: SealCheck) -> tuple[Vote, ...]:
+        """Every approval in the bundle, with what speaks against it."""
+        return tuple(self._vote(check, name) for name in check.approvals)
+
+    def _vote(self, check: SealCheck, name: str) -> Vote:
+        where = check.where(name)
+        try:
+            data = atomic.read_regular(check.bundle / name, limit_bytes=MAX_JSON_BYTES, single_link=True)
+            envelope = envelope_from_bytes(data, payload_type=IN_TOTO, where=where)
+            if len(envelope.signatures) != 1:
+                return Vote(name, against=f"{len(envelope.signatures)} keys signed it, one does")
+            keyid = envelope.signatures[0].keyid
+            key = self.policy.keys.get(keyid)
+            if key is None:
+                return Vote(name, against=f"key {keyid[:12]}… is not in the policy")
+            entry = key.entry
+            if verified(envelope, [key.public], where=where) != (keyid,):
+                return Vote(name, against=f"the signature by key {entry.name} does not hold")
+            if GATE in entry.roles:
+                return Vote(name, against=f"key {entry.name} issues verdicts and cannot approve them")
+            if (why := is_valid(entry, self.now)) is not None:
+                return Vote(name, against=f"key {entry.name} {why}")
+            statement = statement_from_payload(envelope.payload, ApprovalStatement, where=where)
+        except GateError as err:
+            return Vote(name, against=err.message)
+        said = statement.predicate
+        against = ""
+        if statement.subject[0].digest.sha256 != check.verdict_sha256:
+            against = f"it is of another verdict, {statement.subject[0].digest.sha256[:12]}…"
+        elif said.slot != self.slot:
+            against = f"it is for slot {said.slot}"
+        elif said.role not in entry.roles:
+            against = f"key {entry.name} is not of role {said.role}"
+        elif name != approval_path(keyid, said.slot):
+            against = f"it was renamed; it is {approval_path(keyid, said.slot)}"
+        elif is_ahead(said.created, self.now):
+            against = f"it says it was made on {said.created}"
+        elif (why := is_valid(entry, said.created)) is not None:
+            against = f"key {entry.name} {why}, it says it was made on {said.created}"
+        return Vote(name, key=entry.name, owner=entry.owner, role=said.role, against=against)
+
+
+def _stage(policy: PolicyFile, slot: str, stage: str | None) -> str:
+    """The stage that is asked for; the slot's last where none is."""
+    there = policy.policy.slot.get(slot)
+    return stage or ("" if there is None else there.stage[-1].name)
+
+
+def _schema(asked: _Asked, check: SealCheck) -> str:
+    text = check.schema()
+    asked.signed_then(check)
+    return text
+
+
+def _digests(check: SealCheck) -> str:
+    """Every file hashed; the engine, and the graph beside it, are what their names say."""
+    text = check.digests()
+    kinds = []
+    for name in (check.engine, FALLBACK_PATH):
+        if name in check.opened:
+            stream = check.opened[name]
+            stream.seek(0)
+            try:
+                kinds.append(require_engine(stream, name))
+            except VerificationError as err:
+                raise VerificationError(err.message, where=check.where(name), hint=err.hint) from err
+    return f"{text}; {'; '.join(kinds)}"
