@@ -117,7 +117,7 @@ def approve(
         VerificationError: The bundle would be refused.
         PromotionRefused: The key is not in the policy, not valid, has not that role, or approved it already.
     """
-    now = now or clock()
+    now = clock() if now is None else now
     stages = stages_of(policy.policy, slot)
     key = _require_key(policy, signer, now)
     role = role_of(key, policy.policy, slot, role, where=str(policy.path))
@@ -175,7 +175,7 @@ def promote(
         LedgerError: The ledger is not what was signed.
         PromotionRefused: The policy does not allow it, or somebody else was first.
     """
-    now = now or clock()
+    now = clock() if now is None else now
     stages = stages_of(policy.policy, slot)
     _require_key(policy, signer, now, role=PROMOTER)
     ledger = read_ledger(_ledger_path(policy), policy)
@@ -229,7 +229,7 @@ def rollback(
         LedgerError: The ledger is not what was signed.
         PromotionRefused: There is nothing to go back to, or somebody else was first.
     """
-    now = now or clock()
+    now = clock() if now is None else now
     stages = stages_of(policy.policy, slot)
     _require_key(policy, signer, now, role=PROMOTER)
     _require_reason(reason)
@@ -293,7 +293,7 @@ def revoke(
         LedgerError: The ledger is not what was signed.
         PromotionRefused: It is revoked already, or the ledger does not know it.
     """
-    now = now or clock()
+    now = clock() if now is None else now
     _require_key(policy, signer, now, role=PROMOTER)
     _require_reason(reason)
     ledger = read_ledger(_ledger_path(policy), policy)

@@ -86,6 +86,8 @@ MAX_FILES = 1000
 VALID_DAYS = 90
 """How long a verdict holds where nobody says how long."""
 _APPROVAL = re.compile(r"seals/approval-[0-9a-f]{16}-[A-Za-z0-9][A-Za-z0-9_.-]{0,59}\.dsse\.json")
+_NAME = re.compile(r"[A-Za-z0-9_.+-]+")
+"""Of a file or folder in a bundle; any other could make a terminal show what is not so."""
 _READ = (
     METADATA_PATH,
     METRICS_PATH,
@@ -791,6 +793,8 @@ def _names(folder: Path, prefix: str, depth: int = 0) -> Iterator[str]:
         raise VerificationError("holds more files or deeper folders than a bundle has", where=str(folder))
     for item in items:
         status = item.stat(follow_symlinks=False)
+        if not _NAME.fullmatch(item.name):
+            raise VerificationError(f"holds {item.name!r:.200}, which no file of a bundle is called", where=str(folder))
         if item.name.startswith("."):
             raise VerificationError("is a dot-file", where=item.path)
         if stat.S_ISDIR(status.st_mode):

@@ -152,7 +152,7 @@ def verify(
         VerificationError: DigestMismatch, SignatureMismatch, IdentityMismatch, StaleVerdict, ApprovalsMissing, or the
             bundle is not what it says it is.
     """
-    at = now or dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    at = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if now is None else now
     asked = _Asked(
         policy, model, slot, requirements(policy.policy, slot, _stage(policy, slot, stage)), history, at, admission
     )
@@ -334,10 +334,10 @@ class _Asked:
             against = f"key {entry.name} is not of role {said.role}"
         elif name != approval_path(keyid, said.slot):
             against = f"it was renamed; it is {approval_path(keyid, said.slot)}"
-        elif is_ahead(said.created, self.now):
-            against = f"it says it was made on {said.created}"
         elif (why := is_valid(entry, said.created)) is not None:
             against = f"key {entry.name} {why}, it says it was made on {said.created}"
+        elif is_ahead(said.created, self.now):
+            against = f"it says it was made on {said.created}"
         return Vote(name, key=entry.name, owner=entry.owner, role=said.role, against=against)
 
 
