@@ -39,18 +39,23 @@ _DISK_ERRORS = frozenset(
 )
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, beside: Path | None = None) -> None:
     """Write a file so that it holds either what it held before or all of `data`, whenever the process ends.
 
     Its permissions follow the umask. Parent folders are made.
+
+    Args:
+        path: The file.
+        data: All of it.
+        beside: What the temporary name lies beside, on the same file system; None: the file itself.
 
     Raises:
         GateError: The disk is full, read-only or failing, or the folder may not be written to.
     """
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(path.parent)
-        temporary = _temporary_beside(path)
+        temporary = _temporary_beside(beside or path)
+        remove_stale(temporary.parent)
         try:
             file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             with os.fdopen(file, "wb") as stream:

@@ -18,6 +18,7 @@ from gate.ledger import Ledger, append, read_ledger
 from gate.manifest import MAX_JSON_BYTES, sha256_hex
 from gate.release.history import History, may_enter, next_stage, rollback_targets
 from gate.release.policy import GATE, PROMOTER, StagePolicy, TrustedKey, TrustPolicy, is_valid, requirements
+from gate.release.rules import require_unrevoked
 from gate.release.statements import (
     IN_TOTO,
     ApprovalPredicate,
@@ -118,11 +119,14 @@ def approve(
         PromotionRefused: The key is not in the policy, not valid, has not that role, or approved it already.
     """
     now = clock() if now is None else now
+    atomic.remove_stale(bundle / "seals")
     stages = stages_of(policy.policy, slot)
     key = _require_key(policy, signer, now)
     role = role_of(key, policy.policy, slot, role, where=str(policy.path))
     history = _history(policy)
-    stage = next_stage(history, model=model, slot=slot, stages=stages, verdict=peek(bundle)[1]).name
+    verdict = peek(bundle)[1]
+    require_unrevoked(verdict, history)
+    stage = next_stage(history, model=model, slot=slot, stages=stages, verdict=verdict).name
     with verify(
         bundle, policy=policy, model=model, slot=slot, stage=stage, history=history, now=now, approvals=False
     ) as verified:
@@ -142,7 +146,7 @@ def approve(
         )
         payload = payload_of(statement)
         statement_from_payload(payload, ApprovalStatement, where=str(target))
-        atomic.write_bytes(target, signer.sign(payload, IN_TOTO).to_bytes())
+        atomic.write_bytes(target, signer.sign(payload, IN_TOTO).to_bytes(), beside=_outside(bundle))
         return Approved(target, key.name, role, slot, verified.verdict_sha256, said.serial, said.engine)
 
 
@@ -181,7 +185,9 @@ def promote(
     ledger = read_ledger(_ledger_path(policy), policy)
     history = ledger.history
     if stage is None:
-        stage = next_stage(history, model=model, slot=slot, stages=stages, verdict=peek(bundle)[1]).name
+        verdict = peek(bundle)[1]
+        require_unrevoked(verdict, history)
+        stage = next_stage(history, model=model, slot=slot, stages=stages, verdict=verdict).name
     with verify(bundle, policy=policy, model=model, slot=slot, stage=stage, history=history, now=now) as verified:
         serial = verified.statement.predicate.serial
         may_enter(
@@ -401,6 +407,13 @@ def peek(bundle: Path) -> tuple[VerdictStatement, str]:
     except OSError as err:
         raise BundleError(f"cannot be read: {err.strerror}", where=str(path)) from err
     return statement_from_payload(envelope.payload, VerdictStatement, where=str(path)), sha256_hex(envelope.payload)
+
+
+def _outside(bundle: Path) -> Path | None:
+    """What a temporary file lies beside so that it is no file of the bundle; None where the bundle is a mount of its own."""
+    folder = Path(os.path.realpath(bundle))
+    can = folder.stat().st_dev == folder.parent.stat().st_dev and os.access(folder.parent, os.W_OK | os.X_OK)
+    return folder if can else None
 
 
 def _ledger_path(policy: PolicyFile) -> Path:

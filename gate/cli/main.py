@@ -155,3 +155,7 @@ def _crash_message(err: Exception) -> str:
     except (GateError, OSError):
         return f"{what}\n{text}"
     return f"{what}\nThe traceback is in {path}; please report it."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

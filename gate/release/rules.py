@@ -186,7 +186,9 @@ def require_fresh(
             f"its serial is {said.serial}, {last} was accepted before: an older verdict is not let in again",
             hint="Seal again with a higher serial; to go back to what was there: gate rollback",
         )
-    return f"serial {said.serial}{'' if last is None else f' > {last}'}, {valid}"
+    if last is None:
+        return f"serial {said.serial}, the first of {model} in {slot} by the ledger, {valid}"
+    return f"serial {said.serial} > {last}, {valid}"
 
 
 def require_unrevoked(verdict: str, accepted: Accepted | None) -> None:

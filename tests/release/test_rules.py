@@ -120,10 +120,13 @@ def test_findings_that_the_policy_asks_for_must_have_been_checked():
 
 def test_a_fresh_verdict_says_what_was_compared():
     assert fresh() == "serial 118, no ledger to compare with, valid until 2026-12-20"
-    assert fresh(accepted=Ledger()) == "serial 118, valid until 2026-12-20"
+    assert (
+        fresh(accepted=Ledger())
+        == "serial 118, the first of detector in production by the ledger, valid until 2026-12-20"
+    )
     assert fresh(accepted=Ledger(last=117)) == "serial 118 > 117, valid until 2026-12-20"
     assert fresh(accepted=Ledger(last=118, in_slot=True)) == "serial 118, in the slot already, valid until 2026-12-20"
-    assert fresh(accepted=Ledger(last=500), slot="staging") == "serial 118, valid until 2026-12-20"
+    assert "the first of detector in staging" in fresh(accepted=Ledger(last=500), slot="staging")
 
 
 @pytest.mark.parametrize("last", [118, 119])
