@@ -6,19 +6,24 @@ the role `promoter`.
 
 A writer appends the line, flushes it, then replaces the head. Killed in between it leaves a last line without its
 newline, which was never committed and which the next writer cuts off, or one whole line that the head does not know
-yet, which is committed and which the next writer puts into the head. The first entry of all goes the other way round,
-the head before the line, so that lines without a head are always an error.
+yet, which is committed and which the next writer puts into the head. Before the first line of all a head of no lines is
+written, so that lines without a head, and a head of more lines than there are, are always an error.
+
+Lines keep counting after the key that signed them was revoked, because the chain dates them; the head does not: whoever
+holds that key could sign an older state, and nothing would tell. So the head, and a line that it does not know yet, have
+to be signed by a key that is not revoked *now*, and `sign_head` lets another promoter take over.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import datetime as dt
 import os
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -70,10 +75,11 @@ class Ledger:
         history: What its entries say.
         lines: SHA-256 of each line, its newline included.
         signers: The name of the key that signed each.
-        notes: What a writer that was killed left.
+        notes: What a writer that was killed left, and that the head's key has run out.
         size_bytes: Of the lines.
         content: SHA-256 of both files as they were read.
         is_behind: Whether the head does not know the last line yet.
+        head_signer: The name of the key that signed the head; None where there is no head.
     """
 
     path: Path
@@ -84,6 +90,7 @@ class Ledger:
     size_bytes: int
     content: str
     is_behind: bool
+    head_signer: str | None
 
     @property
     def head(self) -> str:
@@ -116,7 +123,7 @@ def lock_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
 
 
-def read_ledger(path: Path, policy: PolicyFile) -> Ledger:
+def read_ledger(path: Path, policy: PolicyFile, *, now: str | None = None) -> Ledger:
     """Read a ledger and verify every byte of it: signatures, chain, order of time, and what each entry may do.
 
     No ledger and no head are an empty history.
@@ -124,17 +131,27 @@ def read_ledger(path: Path, policy: PolicyFile) -> Ledger:
     Args:
         path: Its file.
         policy: Whose keys of the role `promoter` count. One that was revoked or ran out counts for the entries
-            before that.
+            before that. A head by a key that was revoked is refused; by one that ran out it is noted.
+        now: The time; None: the system's clock.
 
     Raises:
         LedgerError: It is not what was signed; names the line and the cause.
     """
+    return _read(path, policy, now=_clock() if now is None else now)
+
+
+def _clock() -> str:
+    return dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _read(path: Path, policy: PolicyFile, *, now: str, is_taken_over: bool = False) -> Ledger:
+    """Read it whole; `is_taken_over` leaves out whether the key of the head was revoked."""
     attempt = 0
     while True:
         attempt += 1
         # The head comes first: lines are only ever added, so what was in the head is in the lines.
         head = _read_head(path)
-        reading = _Reading(path, policy)
+        reading = _Reading(path, policy, now, is_taken_over)
         try:
             found = reading.ledger(_scan(path, reading.take), head)
         except LedgerError:
@@ -151,6 +168,8 @@ def append(
     expected: Ledger,
     make: Callable[[int, str], LedgerEntry],
     signer: Signs,
+    *,
+    now: str | None = None,
 ) -> Ledger:
     """Append one entry, under a lock, unless somebody else was first.
 
@@ -160,6 +179,7 @@ def append(
         expected: What the entry was decided on.
         make: The entry, from its index and the digest of the line before it.
         signer: A key of the role `promoter`.
+        now: As in `read_ledger`.
 
     Returns:
         The ledger with it.
@@ -172,17 +192,11 @@ def append(
     """
     with ExitStack() as stack:
         _lock(stack, path)
-        fresh = _again(path, policy, expected)
+        fresh = _again(path, policy, expected, now=now)
         _require_unmoved(fresh, expected)
         index = len(fresh.lines)
         entry = make(index, fresh.head)
-        last = fresh.history.entries[-1] if fresh.lines else None
-        if last is not None and entry.time < last.time:
-            raise PromotionRefused(
-                f"the clock here says {entry.time}, and the last entry of the ledger is of {last.time}",
-                where=str(path),
-                hint="set the clock of this machine, or of the one that wrote that entry; time does not go back",
-            )
+        _require_no_earlier(fresh, entry.time)
         name = _require_may_sign(policy, signer, entry.time)
         line = signer.sign(payload_of(entry), LEDGER_ENTRY).to_bytes()
         if len(line) > MAX_LINE_BYTES:
@@ -203,7 +217,66 @@ def append(
         size_bytes=fresh.size_bytes + len(line),
         content="",
         is_behind=False,
+        head_signer=name,
     )
+
+
+def sign_head(
+    path: Path,
+    policy: PolicyFile,
+    signer: Signs,
+    *,
+    show: Callable[[Ledger], None] | None = None,
+    now: str | None = None,
+) -> Ledger:
+    """Sign the head anew, with what it says and with a line that it does not know yet, under a lock.
+
+    It is for the day on which the key that signed it is revoked or runs out. All else is verified as ever.
+
+    Args:
+        path: The ledger's file.
+        policy: As in `read_ledger`.
+        signer: A key of the role `promoter` that counts now.
+        show: Given what is about to be signed; where it raises, nothing is.
+        now: As in `read_ledger`.
+
+    Returns:
+        The ledger, as it was read.
+
+    Raises:
+        PromotionRefused: There is nothing to sign, the clock is behind the last entry, or the signer may not.
+        LedgerError: The ledger is not what was signed, or cannot be written.
+    """
+    at = _clock() if now is None else now
+    name = _require_may_sign(policy, signer, at)
+    with ExitStack() as stack:
+        _lock(stack, path)
+        found = _read(path, policy, now=at, is_taken_over=True)
+        if found.head_signer is None:
+            raise PromotionRefused("there is no ledger yet, so nothing is to be signed", where=str(path))
+        _require_no_earlier(found, at)
+        if show is not None:
+            show(found)
+        try:
+            atomic.write_bytes(head_path(path), _signed_head(signer, found.lines))
+        except GateError as err:
+            raise LedgerError(err.message, where=str(head_path(path)), hint=err.hint) from err
+    return replace(found, head_signer=name, is_behind=False, content="")
+
+
+def _require_no_earlier(ledger: Ledger, time: str) -> None:
+    """The clock is not behind the last entry.
+
+    Raises:
+        PromotionRefused: It is.
+    """
+    last = ledger.history.entries[-1] if ledger.lines else None
+    if last is not None and time < last.time:
+        raise PromotionRefused(
+            f"the clock here says {time}, and the last entry of the ledger is of {last.time}",
+            where=str(ledger.path),
+            hint="set the clock of this machine, or of the one that wrote that entry; time does not go back",
+        )
 
 
 @dataclass(frozen=True)
@@ -268,23 +341,26 @@ class _Reading:
 
     path: Path
     policy: PolicyFile
+    now: str
+    is_taken_over: bool
     entries: list[LedgerEntry] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     signers: list[str] = field(default_factory=list)
+    last_key: TrustedKey | None = None
 
     def take(self, line: bytes, number: int) -> None:
         """Verify a line by itself."""
-        entry, name = _entry_of(line, self.policy, f"{self.path}:{number}")
+        entry, self.last_key = _entry_of(line, self.policy, f"{self.path}:{number}")
         self.entries.append(entry)
         self.digests.append(sha256_hex(line))
-        self.signers.append(name)
+        self.signers.append(self.last_key.name)
 
     def ledger(self, raw: _Raw, head: bytes | None) -> Ledger:
         """Verify what the lines come to, and that they are all there."""
         beside, found = head_path(self.path).name, len(self.entries)
         history = history_from(self.entries, self.digests, where=str(self.path))
         notes: list[str] = []
-        is_behind = False
+        is_behind, key = False, None
         if head is None:
             if found or raw.torn_bytes:
                 raise LedgerError(
@@ -294,14 +370,14 @@ class _Reading:
                 )
         else:
             known, key = _head_of(head, self.policy, self.path)
-            if not raw.is_there:
+            if not raw.is_there and known.entries:
                 raise LedgerError(
                     f"is missing, and {beside} says that it has {known.entries} lines", where=str(self.path)
                 )
-            if found == 0 and known.entries == 1:
+            is_behind = self._require_head_fits(known, key, is_torn=raw.torn_bytes > 0)
+            notes.extend(self._require_not_revoked(key, is_behind=is_behind))
+            if found == 0:
                 notes.append("its first entry was begun and never committed: whoever wrote it was stopped")
-            else:
-                is_behind = self._require_head_fits(known, key, is_torn=raw.torn_bytes > 0)
         if is_behind:
             notes.append(
                 f"line {found} is whole, and {beside} does not know it yet: whoever wrote it was stopped; it counts, "
@@ -321,6 +397,7 @@ class _Reading:
             size_bytes=raw.size_bytes,
             content=_content(raw, head),
             is_behind=is_behind,
+            head_signer=None if key is None else key.name,
         )
 
     def _require_head_fits(self, head: LedgerHead, key: TrustedKey, *, is_torn: bool) -> bool:
@@ -337,6 +414,10 @@ class _Reading:
                 f"says {head.entries} lines, and there are {found}: it is of an older ledger, or lines were added",
                 where=where,
             )
+        if head.entries == 0:
+            if head.last != FIRST_PREVIOUS:
+                raise LedgerError(f"says 0 lines, and that the last one is {head.last[:12]}", where=where)
+            return found > 0
         if self.digests[head.entries - 1] != head.last:
             raise LedgerError(
                 f"says that line {head.entries} is {head.last[:12]}, and it is {self.digests[head.entries - 1][:12]}",
@@ -350,13 +431,42 @@ class _Reading:
             )
         return head.entries < found
 
+    def _require_not_revoked(self, key: TrustedKey, *, is_behind: bool) -> list[str]:
+        """What is signed last, and so dated by nothing that comes after it, is not signed by a key that was revoked.
+
+        A key that has run out is noted and no more: its day is known long before, nobody says that it was stolen, and
+        refusing it would stop every load at midnight, which is worse than what it would stop. Revoked is what a key is
+        set to when somebody else may hold it.
+        """
+        command = f"gate ledger sign --policy {self.policy.path} --key KEY"
+        last = [(key, str(head_path(self.path)), "its head")]
+        if is_behind and self.last_key is not None:
+            number = len(self.entries)
+            last.append((self.last_key, f"{self.path}:{number}", f"line {number}, which the head does not know yet,"))
+        notes = []
+        for each, where, what in last:
+            if each.revoked is not None and self.now >= each.revoked:
+                if not self.is_taken_over:
+                    raise LedgerError(
+                        f"{what} is signed by {each.name}, whose key {is_valid(each, self.now)}: whoever holds it could "
+                        "have put the ledger back to an older state and signed that",
+                        where=where,
+                        hint=f"a promoter whose key counts looks at it and takes it over: {command}",
+                    )
+            elif each.valid_until is not None and self.now >= each.valid_until:
+                notes.append(
+                    f"{what} is signed by {each.name}, whose key {is_valid(each, self.now)}; the next entry, or "
+                    f"{command}, signs the head anew"
+                )
+        return notes
+
 
 def _content(raw: _Raw, head: bytes | None) -> str:
     return sha256_hex(f"{raw.digest} {'none' if head is None else sha256_hex(head)}".encode())
 
 
-def _entry_of(line: bytes, policy: PolicyFile, where: str) -> tuple[LedgerEntry, str]:
-    """The entry of a line, and the name of the key that signed it.
+def _entry_of(line: bytes, policy: PolicyFile, where: str) -> tuple[LedgerEntry, TrustedKey]:
+    """The entry of a line, and the key that signed it.
 
     Raises:
         LedgerError: It is not exactly what a promoter signed.
@@ -368,7 +478,7 @@ def _entry_of(line: bytes, policy: PolicyFile, where: str) -> tuple[LedgerEntry,
         raise LedgerError(
             f"is signed by {key.name}, and at the entry's time, {entry.time}, that key {why}", where=where
         )
-    return entry, key.name
+    return entry, key
 
 
 def _head_of(data: bytes, policy: PolicyFile, path: Path) -> tuple[LedgerHead, TrustedKey]:
@@ -480,14 +590,14 @@ def _require_may_sign(policy: PolicyFile, signer: Signs, time: str) -> str:
     return key.name
 
 
-def _again(path: Path, policy: PolicyFile, expected: Ledger) -> Ledger:
+def _again(path: Path, policy: PolicyFile, expected: Ledger, *, now: str | None) -> Ledger:
     """The ledger as it is now; what is byte for byte as it was is not verified a second time."""
     is_same = (
         expected.path == path
         and expected.content != ""
         and _content(_scan(path, lambda *_: None), _read_head(path)) == expected.content
     )
-    return expected if is_same else read_ledger(path, policy)
+    return expected if is_same else read_ledger(path, policy, now=now)
 
 
 def _require_unmoved(fresh: Ledger, expected: Ledger) -> None:
@@ -507,7 +617,9 @@ def _require_unmoved(fresh: Ledger, expected: Ledger) -> None:
 
 
 def _signed_head(signer: Signs, lines: tuple[str, ...]) -> bytes:
-    return signer.sign(payload_of(LedgerHead(entries=len(lines), last=lines[-1])), LEDGER_HEAD).to_bytes()
+    return signer.sign(
+        payload_of(LedgerHead(entries=len(lines), last=lines[-1] if lines else FIRST_PREVIOUS)), LEDGER_HEAD
+    ).to_bytes()
 
 
 def _write(fresh: Ledger, line: bytes, head: bytes, signer: Signs) -> None:
@@ -527,7 +639,7 @@ def _write(fresh: Ledger, line: bytes, head: bytes, signer: Signs) -> None:
         os.ftruncate(file, fresh.size_bytes)
         if not fresh.lines:
             os.fsync(file)
-            atomic.write_bytes(head_path(path), head)
+            atomic.write_bytes(head_path(path), _signed_head(signer, ()))
         _append(file, line, fresh.size_bytes)
     except LedgerError:
         raise
@@ -537,15 +649,14 @@ def _write(fresh: Ledger, line: bytes, head: bytes, signer: Signs) -> None:
         raise LedgerError(f"cannot be written: {err.strerror}; nothing was added", where=str(path)) from err
     finally:
         os.close(file)
-    if fresh.lines:
-        try:
-            atomic.write_bytes(head_path(path), head)
-        except GateError as err:
-            raise LedgerError(
-                f"the entry is in the ledger, and its head cannot be written: {err.message}",
-                where=str(head_path(path)),
-                hint="mend that; the entry counts, and the next one mends the head",
-            ) from err
+    try:
+        atomic.write_bytes(head_path(path), head)
+    except GateError as err:
+        raise LedgerError(
+            f"the entry is in the ledger, and its head cannot be written: {err.message}",
+            where=str(head_path(path)),
+            hint="mend that; the entry counts, and the next one mends the head",
+        ) from err
 
 
 def _lock(stack: ExitStack, path: Path) -> None:

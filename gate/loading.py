@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 from gate import atomic
 from gate.device import gpu
 from gate.engines import backend as backend_named
-from gate.engines.containers import FALLBACK_PATH
+from gate.engines.containers import FALLBACK_PATH, require_engine
 from gate.errors import (
     BackendUnavailable,
     BundleError,
     DigestMismatch,
     GateError,
+    IdentityMismatch,
     IncompatibleEngine,
+    LedgerError,
     PromotionRefused,
     RunError,
     SpecError,
@@ -33,7 +35,15 @@ from gate.ledger import read_ledger
 from gate.manifest import MAX_JSON_BYTES, FileDigest, sha256_hex
 from gate.metadata import Metadata
 from gate.release.history import History
-from gate.release.statements import IN_TOTO, envelope_from_bytes
+from gate.release.policy import SlotPolicy, requirements
+from gate.release.rules import require_unrevoked
+from gate.release.statements import (
+    IN_TOTO,
+    LedgerEntry,
+    VerdictStatement,
+    envelope_from_bytes,
+    statement_from_payload,
+)
 from gate.spec import EngineOptions, EngineSpec, GateSpec, spec_from_text
 from gate.store import SPEC_PATH, VERDICT_PATH, engine_path_of
 from gate.tensors import Array, NamedArrays, TensorMeta
@@ -62,6 +72,9 @@ class LoadedEngine:
             engine itself.
         reason: Why the engine does not run here; None where it does.
         closing: What is closed with it.
+
+    Its `warnings` are what one must know although it was let in: the gate's own, and what the policy asks for
+    differently since then.
     """
 
     def __init__(
@@ -78,6 +91,7 @@ class LoadedEngine:
         self.verified = verified
         self.fallback = fallback
         self.reason = reason
+        self.warnings: tuple[str, ...] = verified.warnings
 
     @property
     def metadata(self) -> Metadata:
@@ -132,11 +146,13 @@ class LoadedEngine:
 
 
 def load(
-    bundle: Path,
-    policy: Path | PolicyFile,
+    bundle: Path | str,
+    policy: Path | str | PolicyFile,
     *,
     model: str,
     slot: str,
+    stage: str | None = None,
+    expect: str | None = None,
     reference: Callable[[], torch.nn.Module] | None = None,
     now: str | None = None,
 ) -> LoadedEngine:
@@ -150,22 +166,31 @@ def load(
         policy: The trust policy, or its file. It comes from elsewhere than the bundle.
         model: Which model this has to be, without the digits of its weights.
         slot: What it is to be used as.
+        stage: For a server that takes a stage's share of the traffic: that stage, such as `canary-5`. Of a slot that
+            takes what was promoted, the candidate in it is loaded then. None: what has all of the traffic.
+        expect: SHA-256 of a line of the ledger, kept elsewhere, that must be in it; as `gate promote` prints it.
         reference: Gives the PyTorch model, for a slot whose policy allows `fallback = ["pytorch"]`.
         now: The time, such as `2026-11-21T10:00:00Z`; None: the system's clock.
 
     Raises:
-        SpecError: The policy cannot be read, or has no such slot or model.
-        LedgerError: The ledger is not what was signed.
+        SpecError: The policy cannot be read, or has no such slot or stage.
+        LedgerError: The ledger is not what was signed, or has no line that is `expect`.
         VerificationError: The bundle is not what was sealed, or not what the policy asks for: DigestMismatch,
             SignatureMismatch, IdentityMismatch, StaleVerdict, ApprovalsMissing.
-        PromotionRefused: The slot takes what was promoted alone, and this is not in it.
+        PromotionRefused: The slot takes what was promoted alone, and this does not have all of its traffic, or is not
+            in the stage that was asked for.
         IncompatibleEngine: The engine does not fit this machine, and nothing that the policy allows in its place does;
             says what was tried.
         RunError: It fits, and could not be loaded.
     """
-    file = policy if isinstance(policy, PolicyFile) else read_policy(policy)
+    bundle = Path(bundle)
+    file = policy if isinstance(policy, PolicyFile) else read_policy(Path(policy))
     with ExitStack() as stack:
-        verified = stack.enter_context(_verified(bundle, file, model=model, slot=slot, now=now))
+        verified = stack.enter_context(
+            _verified(bundle, file, model=model, slot=slot, stage=stage, expect=expect, now=now)
+        )
+        for warning in verified.warnings:
+            _LOG.warning("%s of slot %s (%s): %s", model, slot, bundle, warning)
         spec, engine = _asked(verified)
         allowed = file.policy.slot[slot].fallback
         try:
@@ -201,10 +226,18 @@ def load(
         )
 
 
-def _verified(bundle: Path, file: PolicyFile, *, model: str, slot: str, now: str | None) -> VerifiedBundle:
+def _verified(
+    bundle: Path,
+    file: PolicyFile,
+    *,
+    model: str,
+    slot: str,
+    stage: str | None,
+    expect: str | None,
+    now: str | None,
+) -> VerifiedBundle:
     """The bundle, held against the policy and, where the slot asks for it, against the ledger."""
-    path = ledger_path(file)
-    history = None if path is None else read_ledger(path, file).history
+    history = _history(file, expect, now)
     asked = file.policy.slot.get(slot)
     if asked is None:
         raise SpecError(
@@ -212,55 +245,144 @@ def _verified(bundle: Path, file: PolicyFile, *, model: str, slot: str, now: str
             where=str(file.path),
         )
     if asked.load == "approved":
-        return verify(bundle, policy=file, model=model, slot=slot, history=history, now=now)
+        if stage is not None:
+            requirements(file.policy, slot, stage)
+        return verify(bundle, policy=file, model=model, slot=slot, stage=stage, history=history, now=now)
     if history is None:
         raise PromotionRefused(
             f"slot {slot!r} takes what was promoted alone, and the policy names no ledger that says what was",
             where=str(file.path),
             hint='Name one (ledger = "ledger.jsonl") and promote the bundle, or set load = "approved" for this slot.',
         )
-    stage = _stage_in(history, _named_verdict(bundle), model=model, slot=slot)
+    if model not in file.policy.model:
+        raise IdentityMismatch(
+            f"the policy has no model {model!r}; it has {', '.join(file.policy.model)}", where=str(file.path)
+        )
+    entry = _entry_in(history, file, asked, model=model, slot=slot, stage=stage)
+    payload = _payload(bundle)
+    if payload is not None:
+        # Nothing is known of this verdict yet; that it cannot be the right one is enough to say no.
+        try:
+            require_unrevoked(sha256_hex(payload), history)
+        except VerificationError as err:
+            err.where = str(bundle / VERDICT_PATH)
+            raise
+        if entry is None or entry.verdict != sha256_hex(payload):
+            raise _refused(bundle, payload, history, entry, file, model=model, slot=slot, stage=stage)
     verified = verify(
-        bundle, policy=file, model=model, slot=slot, stage=stage, history=history, now=now, admission=False
+        bundle,
+        policy=file,
+        model=model,
+        slot=slot,
+        stage=None if entry is None else entry.stage,
+        history=history,
+        now=now,
+        admission=False,
     )
-    try:
-        verdict = verified.verdict_sha256
-        if not history.is_in_slot(verdict, model, slot):
-            raise PromotionRefused(
-                f"verdict {verdict[:12]}… of serial {verified.statement.predicate.serial} is not in slot {slot!r}: "
-                f"{_occupied(history, model, slot)}",
-                where=str(bundle),
-                hint=f"gate promote {bundle} --policy {file.path} --model {model} --slot {slot} --key KEY",
-            )
-        if _stage_in(history, verdict, model=model, slot=slot) != stage:
-            raise VerificationError("was exchanged while it was verified", where=str(bundle))
-    except BaseException:
+    if entry is None or verified.verdict_sha256 != entry.verdict:
         verified.close()
-        raise
+        raise VerificationError("was exchanged while it was verified", where=str(bundle))
     return verified
 
 
-def _named_verdict(bundle: Path) -> str | None:
-    """The digest of the verdict that a bundle brings, not verified: only to find its stage in the ledger."""
-    try:
-        data = atomic.read_regular(bundle / VERDICT_PATH, limit_bytes=MAX_JSON_BYTES, single_link=True)
-        return sha256_hex(envelope_from_bytes(data, payload_type=IN_TOTO, where=str(bundle / VERDICT_PATH)).payload)
-    except GateError:
+def _history(file: PolicyFile, expect: str | None, now: str | None) -> History | None:
+    """What the ledger says; None where the policy names none.
+
+    Raises:
+        LedgerError: It is not what was signed, or has not the line that is expected.
+    """
+    path = ledger_path(file)
+    if path is None:
+        if expect is not None:
+            raise LedgerError(
+                f"the policy names no ledger, and one with the line of SHA-256 {expect} is expected",
+                where=str(file.path),
+                hint='Name it in the policy: ledger = "ledger.jsonl".',
+            )
         return None
+    ledger = read_ledger(path, file, now=now)
+    for note in ledger.notes:
+        _LOG.warning("%s: %s", path, note)
+    if expect is not None:
+        ledger.require_line(expect)
+    return ledger.history
 
 
-def _stage_in(history: History, verdict: str | None, *, model: str, slot: str) -> str | None:
-    """The stage that a verdict has in a slot; None where it has none."""
-    for entry in (history.current(model, slot), history.candidate(model, slot)):
-        if entry is not None and entry.verdict == verdict:
-            return entry.stage
+def _entry_in(
+    history: History, file: PolicyFile, asked: SlotPolicy, *, model: str, slot: str, stage: str | None
+) -> LedgerEntry | None:
+    """The entry of what may be loaded: the one that has all of the traffic, or the one in the stage that is asked for.
+
+    Raises:
+        SpecError: Neither the policy nor the slot has such a stage.
+    """
+    current, candidate = history.current(model, slot), history.candidate(model, slot)
+    if stage is None or stage == asked.stage[-1].name:
+        return current
+    if candidate is not None and candidate.stage == stage:
+        return candidate
+    if stage in [each.name for each in asked.stage]:
+        return None
+    if current is not None and current.stage == stage:
+        return current
+    requirements(file.policy, slot, stage)
     return None
 
 
-def _occupied(history: History, model: str, slot: str) -> str:
-    places = (history.current(model, slot), history.candidate(model, slot))
-    there = [f"serial {each.serial} in stage {each.stage}" for each in places if each is not None]
-    return f"there is {' and '.join(there)}" if there else "nothing was promoted into it"
+def _payload(bundle: Path) -> bytes | None:
+    """The statement that a bundle brings, not verified; None where it cannot be read."""
+    where = bundle / VERDICT_PATH
+    try:
+        data = atomic.read_regular(where, limit_bytes=MAX_JSON_BYTES, single_link=True)
+        return envelope_from_bytes(data, payload_type=IN_TOTO, where=str(where)).payload
+    except (GateError, OSError):
+        return None
+
+
+def _refused(
+    bundle: Path,
+    payload: bytes,
+    history: History,
+    entry: LedgerEntry | None,
+    file: PolicyFile,
+    *,
+    model: str,
+    slot: str,
+    stage: str | None,
+) -> PromotionRefused:
+    """Why a bundle with this statement is not what is asked for: what it holds, what is there, and what to do."""
+    current, candidate = history.current(model, slot), history.candidate(model, slot)
+    named = sha256_hex(payload)
+    try:
+        serial = statement_from_payload(payload, VerdictStatement, where=str(bundle)).predicate.serial
+    except GateError:
+        serial = None
+    holds = f"verdict {named[:12]}…" if serial is None else f"serial {serial}"
+    if entry is not None and entry.serial == serial:
+        holds = f"another verdict of serial {serial} ({named[:12]}…)"
+    hint = f"gate promote {bundle} --policy {file.path} --model {model} --slot {slot} --key KEY"
+    if candidate is not None and candidate.verdict == named:
+        holds += f", a candidate in stage {candidate.stage} alone"
+        hint = f"A server that takes this share of the traffic names it: gate.load(..., stage={candidate.stage!r})"
+    elif current is not None and current.verdict == named:
+        holds += ", which has all of the traffic"
+        hint = "Name no stage: gate.load(..., stage=None)"
+    place = "the slot" if stage is None else f"stage {stage!r} of the slot"
+    if entry is None:
+        others = [f"serial {each.serial} is in stage {each.stage}" for each in (current, candidate) if each is not None]
+        none = "nothing has all of the traffic" if stage is None else "nothing is in that stage"
+        there = f"{none}, {' and '.join(others)}" if others else "nothing was promoted into it"
+        return PromotionRefused(f"holds {holds}; it is not in {place} {slot!r}: {there}", where=str(bundle), hint=hint)
+    there = f"serial {entry.serial}"
+    if serial is not None and serial <= entry.serial:
+        hint = f"that one was promoted from {entry.bundle!r}; an older verdict comes back by gate rollback alone"
+    if Path(entry.bundle) in (bundle.absolute(), Path(os.path.realpath(bundle))):
+        there += ": keep each bundle in a folder of its own"
+        hint = (
+            f"serial {entry.serial} was promoted into {slot} from this folder, which was written over since; "
+            "put it back, and seal or copy what is new into another folder"
+        )
+    return PromotionRefused(f"holds {holds}; in {place} is {there}", where=str(bundle), hint=hint)
 
 
 def _asked(verified: VerifiedBundle) -> tuple[GateSpec, EngineSpec]:  # the pair never leaves this module
@@ -416,7 +538,7 @@ def _reference(verified: VerifiedBundle, *, spec: GateSpec, reference: Callable[
 
 
 class _PrivateCopy:
-    """A verified file's bytes where nobody else can write, hashed once more on the way.
+    """A verified file's bytes where nobody else can write, hashed on the way and looked at once more.
 
     In memory that is sealed against writing, where the system has that; else in a folder of this user alone.
 
@@ -426,6 +548,7 @@ class _PrivateCopy:
 
     Raises:
         DigestMismatch: The file was written to since it was hashed.
+        VerificationError: It is no engine as it may be loaded: other bytes lay there when verification looked at them.
         GateError: There is no room for it.
     """
 
@@ -439,11 +562,15 @@ class _PrivateCopy:
                 with os.fdopen(os.dup(self._file), "wb") as target:
                     _copy(verified, name, target)
                 fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _all_seals())
+                with os.fdopen(os.dup(self._file), "rb") as copied:
+                    _require_engine(verified, name, copied)
                 self.path.symlink_to(f"/proc/{os.getpid()}/fd/{self._file}")
             else:
                 file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 with os.fdopen(file, "wb") as target:
                     _copy(verified, name, target)
+                with self.path.open("rb") as copied:
+                    _require_engine(verified, name, copied)
         except OSError as err:
             self.close()
             raise GateError(
@@ -490,6 +617,17 @@ def _copy(verified: VerifiedBundle, name: str, target: BinaryIO) -> None:
             left -= len(chunk)
     if left != 1 or digest.hexdigest() != expected.sha256:
         raise _changed(verified, name)
+
+
+def _require_engine(verified: VerifiedBundle, name: str, copied: BinaryIO) -> None:
+    """Look at what is loaded, as verification looked at what lay in the bundle.
+
+    Verification hashes a file and looks at it one after the other; who writes there in between shows it two files.
+    """
+    try:
+        require_engine(copied, name)
+    except VerificationError as err:
+        raise VerificationError(err.message, where=str(verified.folder / name), hint=err.hint) from err
 
 
 def _digest_of(verified: VerifiedBundle, name: str) -> FileDigest:

@@ -494,6 +494,8 @@ def contradictions(metadata: Metadata, latency: LatencyEvidence | None) -> Itera
             yield f"its findings reach evidence {verdict.evidence.value!r}, it says {metadata.verdict.evidence.value!r}"
     except MeasurementError as err:
         yield err.message
+    if metadata.gpu is None and any(each.evidence is Evidence.DEVICE for each in findings):
+        yield "its findings were made on a GPU, it names none"
     if (metadata.build.backend, metadata.build.backend_version, metadata.build.precision) != (
         metadata.backend,
         metadata.backend_version,

@@ -1077,28 +1077,32 @@ def _lowering_contradictions(engine: EngineSpec) -> Iterator[tuple[KeyPath, str]
             yield ("lowering", "exclude_nodes"), f"exclude_nodes[{index}] = {pattern!r} is no regular expression: {err}"
 
 
-class _Timed(msgspec.Struct, frozen=True):
-    """What an engine's table says of latency, whatever else it says."""
+class JudgedEngine(msgspec.Struct, frozen=True):
+    """What an engine's table says of how it is judged, whatever else it says."""
 
+    name: str
+    precision: Precision
+    rebuilds: int = 1
+    parity: ParitySpec | None = None
     latency: LatencySpec | tuple[LatencySpec, ...] | None = None
 
 
-def latency_tables_of(data: bytes, engine: str) -> LatencySpec | tuple[LatencySpec, ...] | None:
-    """The latency tables of one engine, read from a spec whose other parts may be of another version.
+def judged_engine_of(data: bytes, engine: str) -> JudgedEngine:
+    """How one engine is judged, read from a spec whose other parts may be of another version.
 
     Args:
         data: Of `gate.toml`.
         engine: Its name.
 
     Raises:
-        SpecError: It is no TOML, has no such engine, or the tables are none of latency.
+        SpecError: It is no TOML, has no such engine, or its tables of parity or latency are none.
     """
     try:
         engines = tomllib.loads(data.decode("utf-8")).get("engine", [])
         (found,) = [each for each in engines if each.get("name") == engine]
-        return msgspec.convert(found, _Timed, strict=True).latency
-    except (ValueError, AttributeError, TypeError, msgspec.ValidationError) as err:
-        raise SpecError(f"its [engine.latency] of {engine!r} cannot be read: {err}") from err
+        return msgspec.convert(found, JudgedEngine, strict=True)
+    except (ValueError, AttributeError, TypeError, RecursionError, msgspec.ValidationError) as err:
+        raise SpecError(f"its [[engine]] {engine!r} cannot be read: {err}") from err
 
 
 def batch_axis_of(spec: GateSpec) -> str | int:

@@ -70,8 +70,9 @@ from gate.release.statements import (
     statement_from_payload,
 )
 from gate.results import CheckRun, EngineResult, builtins_from
-from gate.spec import latency_tables_of
-from gate.verdict import Evidence, PassedVerdict
+from gate.spec import JudgedEngine, judged_engine_of
+from gate.tolerances import findings_again
+from gate.verdict import Evidence, Finding, PassedVerdict
 
 VERDICT_PATH = "seals/verdict.dsse.json"
 BASELINE_PATH = "baseline/baseline.json"
@@ -238,9 +239,14 @@ def seal(
         raise BundleError(
             "is there already and does not verify, so it was kept", where=str(out), hint=str(err)
         ) from err
-    if kept.verdict_sha256 != sha256_hex(payload):
+    if kept.verdict_sha256 != sha256_hex(payload) or kept.signed_by != tuple(
+        each.keyid for each in envelope.signatures
+    ):
+        other = (
+            "another bundle" if kept.verdict_sha256 != sha256_hex(payload) else "the same one, not signed by this key"
+        )
         raise BundleError(
-            "is there already and holds another bundle",
+            f"is there already and holds {other}",
             where=str(out),
             hint="Seal into another folder, or replace it.",
         )
@@ -616,6 +622,12 @@ class SealCheck:
         try:
             if kept is not None and os.fstat(stream.fileno()).st_size > MAX_JSON_BYTES:
                 raise VerificationError(f"is too long: the limit is {MAX_JSON_BYTES} bytes", where=str(path))
+            size_bytes = os.fstat(stream.fileno()).st_size
+            if size_bytes != subject.annotations.size_bytes:
+                raise DigestMismatch(
+                    f"its sha256 is another: it has {size_bytes} bytes, sealed were {subject.annotations.size_bytes}",
+                    where=str(path),
+                )
             hashed = self.known.get(name) if kept is None else None
             got = atomic.digest_of_stream(stream, copy_to=kept) if hashed is None else hashed
             if got.sha256 != subject.digest.sha256:
@@ -672,7 +684,9 @@ class SealCheck:
                 raise VerificationError(f"differs from {key} in the metadata", where=self.where(name))
         if sha256_hex(self.require(SPEC_PATH)) != digests.spec:
             raise DigestMismatch("is not the spec that the engine was judged by", where=self.where(SPEC_PATH))
-        self.latency_limits()
+        engine = self.judged_engine()
+        self.parity(engine)
+        self.latency_limits(engine)
         where = self.where(BASELINE_PATH)
         if (BASELINE_PATH in self.contents) != (digests.baseline is not None):
             raise VerificationError("the metadata and the bundle do not agree on a baseline", where=where)
@@ -687,7 +701,52 @@ class SealCheck:
         self.scores()
         self.calibration()
 
-    def latency_limits(self) -> None:
+    def judged_engine(self) -> JudgedEngine:
+        """What the sealed spec asks of the engine."""
+        where = self.where(SPEC_PATH)
+        try:
+            engine = judged_engine_of(self.contents[SPEC_PATH], self.metadata.engine)
+        except SpecError as err:
+            raise VerificationError(err.message, where=where) from err
+        if engine.precision != self.metadata.precision:
+            raise VerificationError(
+                f"asks for precision {engine.precision}, the metadata has {self.metadata.precision}", where=where
+            )
+        return engine
+
+    def parity(self, engine: JudgedEngine) -> None:
+        """The findings on parity are those that the spec asks for, with its limits, and the numbers of the metrics.
+
+        What never ran has none.
+        """
+        where = self.where(SPEC_PATH)
+        said = {
+            each.check: each.finding() for each in self.metadata.verdict.findings if each.check.startswith("parity.")
+        }
+        outputs, evidence = self.metadata.metrics.outputs, self.metadata.verdict.evidence
+        asked: dict[str, Finding] = {}
+        if engine.parity is not None and not (evidence is Evidence.PREFLIGHT and not outputs):
+            if not outputs:
+                raise VerificationError("asks for parity, the metadata has no output that was compared", where=where)
+            try:
+                again = findings_again(outputs, engine=engine, evidence=evidence)
+            except SpecError as err:
+                raise VerificationError(err.message, where=where) from err
+            asked = {each.check: each for each in again}
+        for check in dict.fromkeys([*asked, *said]):
+            expected, got = asked.get(check), said.get(check)
+            if expected is None or got is None:
+                there = "and the metadata has it not" if got is None else "which is in the metadata"
+                raise VerificationError(f"asks {'' if got is None else 'not '}for {check}, {there}", where=where)
+            if (got.limit.kind, got.limit.value) != (expected.limit.kind, expected.limit.value):
+                raise VerificationError(
+                    f"asks for {check} with a limit of {expected.limit.value:.6g}, the metadata has "
+                    f"{got.limit.value:.6g}",
+                    where=where,
+                )
+            _require_same_numbers(got, expected, rebuilt=engine.rebuilds > 1, where=self.where(METADATA_PATH))
+
+    def latency_limits(self, engine: JudgedEngine) -> None:
         """The latency findings are those that the spec asks for, with its limits, of what it says is timed.
 
         What never ran has none.
@@ -696,7 +755,7 @@ class SealCheck:
             return
         where = self.where(SPEC_PATH)
         try:
-            tables = latency_tables_of(self.contents[SPEC_PATH], self.metadata.engine)
+            tables = engine.latency
             asked = latency_limits(tables)
             for message in asked_otherwise(self.metadata.latency, tables):
                 raise VerificationError(message, where=where)
@@ -772,6 +831,21 @@ class SealCheck:
         return self.contents[name]
 
 
+def _require_same_numbers(got: Finding, expected: Finding, *, rebuilt: bool, where: str) -> None:
+    """A finding has the numbers of the metrics; of several builds the interval covers them all."""
+    bounds = (got.interval.lower, expected.interval.lower), (got.interval.upper, expected.interval.upper)
+    same = math.isclose(got.estimate, expected.estimate, rel_tol=1e-9, abs_tol=1e-12) and got.n == expected.n
+    if rebuilt:
+        same = same and bounds[0][0] <= bounds[0][1] and bounds[1][0] >= bounds[1][1]
+    else:
+        same = same and all(math.isclose(*each, rel_tol=1e-9, abs_tol=1e-12) for each in bounds)
+    if not same:
+        raise VerificationError(
+            f"{got.check} is {got.estimate:.6g} on {got.n}, its metrics give {expected.estimate:.6g} on {expected.n}",
+            where=where,
+        )
+
+
 def _names(folder: Path, prefix: str, depth: int = 0) -> Iterator[str]:
     """Paths of the files of a bundle, relative to it.
 
@@ -780,7 +854,11 @@ def _names(folder: Path, prefix: str, depth: int = 0) -> Iterator[str]:
         VerificationError: It holds a link, a dot-file, an empty folder or something that is no file.
     """
     try:
-        if not stat.S_ISDIR(folder.lstat().st_mode):
+        mode = folder.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            leads = f"Give what it leads to: {folder.resolve()}"
+            raise VerificationError("is a symbolic link, not a bundle", where=str(folder), hint=leads)
+        if not stat.S_ISDIR(mode):
             raise VerificationError("is not a folder", where=str(folder))
         with os.scandir(folder) as listing:
             items = sorted(listing, key=lambda each: each.name)

@@ -16,7 +16,7 @@ import msgspec
 
 from gate.errors import SpecError
 from gate.results import OutputMetrics
-from gate.spec import EngineSpec, ParityLimits, ParitySpec, SpecFile
+from gate.spec import EngineSpec, JudgedEngine, ParityLimits, ParitySpec, SpecFile
 from gate.statistics import clopper_pearson, least_samples_for_proportion
 from gate.verdict import Evidence, Finding, Interval, Limit, Status
 
@@ -146,7 +146,9 @@ def default_max_abs(*, rel_rmse: float, elements: int, rms: float) -> float:
     return 2.0 * math.sqrt(2.0 * math.log(max(2, elements))) * rel_rmse * rms
 
 
-def resolved_limits(metrics: Sequence[OutputMetrics], *, engine: EngineSpec) -> tuple[ResolvedLimit, ...]:
+def resolved_limits(
+    metrics: Sequence[OutputMetrics], *, engine: EngineSpec | JudgedEngine
+) -> tuple[ResolvedLimit, ...]:
     """Every limit on parity that applies, output by output, with where it comes from.
 
     Raises:
@@ -259,6 +261,21 @@ def parity_findings(
             finding = msgspec.structs.replace(finding, limit=msgspec.structs.replace(finding.limit, location=location))
         found.append(finding)
     return tuple(found)
+
+
+def findings_again(
+    metrics: Sequence[OutputMetrics], *, engine: JudgedEngine, evidence: Evidence
+) -> tuple[Finding, ...]:
+    """The findings of `parity_findings`, without the lines of a spec: for who verifies them.
+
+    Raises:
+        SpecError: The spec limits an output that there is not.
+    """
+    by_name = {each.output: each for each in metrics}
+    return tuple(
+        _finding(limit, None if limit.output is None else by_name[limit.output], evidence)
+        for limit in resolved_limits(metrics, engine=engine)
+    )
 
 
 def _finding(limit: ResolvedLimit, metrics: OutputMetrics | None, evidence: Evidence) -> Finding:

@@ -9,14 +9,22 @@ from __future__ import annotations
 import datetime as dt
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from gate import atomic
 from gate.engines.containers import FALLBACK_PATH, require_engine
-from gate.errors import BundleError, GateError, SignatureMismatch, VerificationError
-from gate.manifest import MAX_JSON_BYTES, FileDigest
+from gate.errors import (
+    BundleError,
+    GateError,
+    IdentityMismatch,
+    SignatureMismatch,
+    SpecError,
+    StaleVerdict,
+    VerificationError,
+)
+from gate.manifest import FileDigest
 from gate.metadata import Metadata
 from gate.release.history import History
 from gate.release.policy import GATE, Requirements, TrustedKey, is_valid, requirements
@@ -35,15 +43,17 @@ from gate.release.statements import (
     ApprovalStatement,
     CountedApproval,
     Envelope,
+    LedgerEntry,
     VerdictStatement,
     envelope_from_bytes,
     statement_from_payload,
 )
 from gate.signing import verified
 from gate.store import VERDICT_PATH, SealCheck, Step, Steps, approval_path
-from gate.trust import PolicyFile, Trusted, pinned
+from gate.trust import Pinned, PolicyFile, Trusted, pinned
 from gate.verdict import Evidence
 
+MAX_APPROVAL_BYTES = 64 * 1024
 _TOKEN = object()
 
 
@@ -83,10 +93,10 @@ class VerifiedBundle:
     steps: tuple[Step, ...]
     warnings: tuple[str, ...]
     _check: SealCheck
-    _token: object = field(repr=False, compare=False)
+    _token: InitVar[object]
 
-    def __post_init__(self) -> None:
-        if self._token is not _TOKEN:
+    def __post_init__(self, _token: object) -> None:
+        if _token is not _TOKEN:
             raise VerificationError("a verified bundle is what gate.verification.verify returns, and nothing else")
 
     def __enter__(self) -> VerifiedBundle:
@@ -139,23 +149,30 @@ def verify(
         model: Asked for, without the digits of its weights.
         slot: Asked for.
         stage: Of the slot; None: its last, which is all of the traffic.
-        history: What the ledger says; None: there is none.
+        history: What the ledger says; None: the policy names none.
         now: The time; None: the system's clock.
-        admission: False for what was let in before (a rollback, a restart): it need not be fresh nor approved again, and
-            its key may have expired since. A revoked verdict, or one of a revoked key, is still refused.
+        admission: False for what the ledger says was let into the stage before (a rollback, a restart): it need not be
+            fresh again, keys are judged as of then, and what the policy asks for otherwise by now is a warning. A
+            revoked verdict, or one of a revoked key, is still refused, and so is one with too few approvals: an entry of
+            the ledger alone is one promoter's word.
         approvals: False leaves that step out, for those who are about to approve.
         on_step: Told each step when it is done, the one that fails included.
 
     Raises:
         BundleError: It is not there, or a file is missing, a link, or not strict JSON.
-        SpecError: The policy has no such slot or stage, or what it pins is not there.
+        SpecError: The policy has no such slot or stage, or what it pins is not there; or it names a ledger, and its
+            history was not given.
         VerificationError: DigestMismatch, SignatureMismatch, IdentityMismatch, StaleVerdict, ApprovalsMissing, or the
             bundle is not what it says it is.
     """
     at = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if now is None else now
-    asked = _Asked(
-        policy, model, slot, requirements(policy.policy, slot, _stage(policy, slot, stage)), history, at, admission
-    )
+    if history is None and (policy.policy.ledger is not None or not admission):
+        raise SpecError(
+            "what the ledger says was not given, so nobody knows what was let in or revoked",
+            where=str(policy.path),
+            hint="history=gate.ledger.read_ledger(gate.trust.ledger_path(policy), policy).history",
+        )
+    asked = _Asked(policy, model=model, slot=slot, stage=stage, history=history, now=at, admission=admission)
     check = SealCheck(bundle, keep_open=True)
     steps = Steps(bundle, on_step)
     counted: tuple[CountedApproval, ...] = ()
@@ -168,11 +185,9 @@ def verify(
         steps.take("subject", lambda: asked.subject(check))
         steps.take("verdict", lambda: asked.verdict(check))
         steps.take("freshness", lambda: asked.freshness(check))
-        if admission and approvals:
-            votes = asked.votes(check)
-            needed = asked.needed.approvals
+        if approvals:
             command = f"gate approve {bundle} --policy {policy.path} --model {model} --slot {slot} --key KEY"
-            found = tally(votes, needed)
+            found = tally(asked.votes(check), asked.needed.approvals)
             steps.take("approvals", lambda: require_approved(found, title=bundle.name, command=command))
             counted = found.counted
         return VerifiedBundle(
@@ -189,7 +204,7 @@ def verify(
             approvals=counted,
             policy=policy,
             steps=tuple(steps.taken),
-            warnings=check.metadata.warnings,
+            warnings=(*check.metadata.warnings, *asked.warnings),
             _check=check,
             _token=_TOKEN,
         )
@@ -198,18 +213,36 @@ def verify(
         raise
 
 
-@dataclass
 class _Asked:
     """What a bundle is held against."""
 
-    policy: PolicyFile
-    model: str
-    slot: str
-    needed: Requirements
-    history: History | None
-    now: str
-    admission: bool
-    signer: Trusted = field(init=False)
+    def __init__(
+        self,
+        policy: PolicyFile,
+        *,
+        model: str,
+        slot: str,
+        stage: str | None,
+        history: History | None,
+        now: str,
+        admission: bool,
+    ) -> None:
+        self.policy = policy
+        self.model = model
+        self.slot = slot
+        self.history = history
+        self.now = now
+        self.admission = admission
+        self.warnings: list[str] = []
+        self.let_in: LedgerEntry | None = None
+        self.signer: Trusted
+        there = policy.policy.slot.get(slot)
+        names = [] if there is None else [each.name for each in there.stage]
+        self.stage = stage
+        if names and stage is not None and stage not in names and not admission:
+            self.warnings.append(f"stage {stage} of {slot} is not in the policy any more; held against {names[-1]}")
+            stage = None
+        self.needed: Requirements = requirements(policy.policy, slot, stage or (names[-1] if names else ""))
 
     def said(self) -> str:
         """What the policy is."""
@@ -229,6 +262,8 @@ class _Asked:
             )
         if len(envelope.signatures) != 1:
             raise SignatureMismatch(f"{len(envelope.signatures)} keys signed the verdict, one does", where=where)
+        if not self.admission:
+            self.let_in = self._let_in(check)
         self.signer = self._signer(envelope, role=GATE, where=where)
         return f"verdict by {self.signer.entry.name} ({self.signer.public.keyid[:12]}…)"
 
@@ -260,36 +295,78 @@ class _Asked:
             raise SignatureMismatch(f"the signature by key {key.entry.name} does not hold", where=where)
         return key
 
+    def _let_in(self, check: SealCheck) -> LedgerEntry:
+        """The entry by which the verdict was let in.
+
+        Raises:
+            StaleVerdict: The ledger has none.
+        """
+        digest, there = check.verdict_sha256, () if self.history is None else self.history.entries
+        # All of the traffic is all of it, whatever the policy calls its last stage by now.
+        is_last = self.needed.stage == self.policy.policy.slot[self.slot].stage[-1].name
+        for each in there:
+            same = (each.action, each.verdict, each.model, each.slot) == ("promote", digest, self.model, self.slot)
+            if same and (each.stage == self.stage or (is_last and each.full)):
+                return each
+        raise StaleVerdict(
+            f"by the ledger it was never let into {self.slot}{f', {self.stage}' if self.stage else ''}",
+            where=check.where(VERDICT_PATH),
+        )
+
     def against(self, entry: TrustedKey) -> str | None:
-        """Why a key does not count now. What was let in before outlives the key that signed it, unless that is revoked."""
-        if self.admission or (entry.revoked is not None and self.now >= entry.revoked):
+        """Why a key does not count: now, or, for what was let in before, unless it is revoked by now, then."""
+        if self.let_in is None or (entry.revoked is not None and self.now >= entry.revoked):
             return is_valid(entry, self.now)
-        return None
+        return is_valid(entry, self.let_in.time)
 
     def subject(self, check: SealCheck) -> str:
         """Model, slot, and what the verdict rests on."""
-        pins = pinned(self.policy, self.model)
-        return require_identity(
-            check.statement.predicate,
-            model=self.model,
-            slot=self.slot,
-            spec=pins.spec,
-            data=pins.data,
-            baseline=pins.baseline,
-        )
+        said = check.statement.predicate
+        pins = Pinned(None, None, None)
+        try:
+            pins = pinned(self.policy, self.model)
+        except SpecError as err:
+            self._changed(err)
+        text = require_identity(said, model=self.model, slot=self.slot, spec=None, data=None, baseline=None)
+        try:
+            return require_identity(
+                said, model=self.model, slot=self.slot, spec=pins.spec, data=pins.data, baseline=pins.baseline
+            )
+        except IdentityMismatch as err:
+            self._changed(err)
+            return text
+
+    def _changed(self, err: GateError) -> None:
+        """Keep as a warning what refuses a verdict that is to be let in.
+
+        Raises:
+            GateError: The same, where it is to be let in.
+        """
+        if self.admission:
+            raise err
+        self.warnings.append(f"the policy has changed since it was let in: {err.message}")
 
     def verdict(self, check: SealCheck) -> str:
         """Every outcome recomputed; the checks and the evidence that the policy asks for."""
-        text = check.verdict(Evidence(self.needed.evidence))
-        require_findings((each.check for each in check.metadata.verdict.findings), self.needed.findings)
+        needed = Evidence(self.needed.evidence)
+        text = check.verdict(needed if self.admission else None)
+        try:
+            require_findings((each.check for each in check.metadata.verdict.findings), self.needed.findings)
+        except VerificationError as err:
+            self._changed(err)
+        got = check.metadata.verdict.evidence
+        if got.rank < needed.rank:
+            self.warnings.append(
+                f"the policy has changed since it was let in: it asks for evidence {needed.value}, this is {got.value}"
+            )
         return text
 
     def freshness(self, check: SealCheck) -> str:
         """Not expired, not revoked, not older than what was let in."""
         said = check.statement.predicate
-        if not self.admission:
+        if self.let_in is not None:
             require_unrevoked(check.verdict_sha256, self.history)
-            return f"serial {said.serial}, let in before, not revoked"
+            return f"serial {said.serial}, let in on {self.let_in.time}, not revoked"
         return require_fresh(
             said,
             check.verdict_sha256,
@@ -306,7 +383,7 @@ class _Asked:
     def _vote(self, check: SealCheck, name: str) -> Vote:
         where = check.where(name)
         try:
-            data = atomic.read_regular(check.bundle / name, limit_bytes=MAX_JSON_BYTES, single_link=True)
+            data = atomic.read_regular(check.bundle / name, limit_bytes=MAX_APPROVAL_BYTES, single_link=True)
             envelope = envelope_from_bytes(data, payload_type=IN_TOTO, where=where)
             if len(envelope.signatures) != 1:
                 return Vote(name, against=f"{len(envelope.signatures)} keys signed it, one does")
@@ -319,8 +396,10 @@ class _Asked:
                 return Vote(name, against=f"the signature by key {entry.name} does not hold")
             if GATE in entry.roles:
                 return Vote(name, against=f"key {entry.name} issues verdicts and cannot approve them")
-            if (why := is_valid(entry, self.now)) is not None:
+            if (why := self.against(entry)) is not None and is_valid(entry, self.now) is not None:
                 return Vote(name, against=f"key {entry.name} {why}")
+            if entry.owner == self.signer.entry.owner:
+                return Vote(name, against=f"{entry.owner} holds the key that signed the verdict, too")
             statement = statement_from_payload(envelope.payload, ApprovalStatement, where=where)
         except GateError as err:
             return Vote(name, against=err.message)
@@ -339,12 +418,6 @@ class _Asked:
         elif is_ahead(said.created, self.now):
             against = f"it says it was made on {said.created}"
         return Vote(name, key=entry.name, owner=entry.owner, role=said.role, against=against)
-
-
-def _stage(policy: PolicyFile, slot: str, stage: str | None) -> str:
-    """The stage that is asked for; the slot's last where none is."""
-    there = policy.policy.slot.get(slot)
-    return stage or ("" if there is None else there.stage[-1].name)
 
 
 def _schema(asked: _Asked, check: SealCheck) -> str:

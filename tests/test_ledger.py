@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gate import ledger as ledger_module
 from gate.errors import LedgerError, PromotionRefused, SpecError
-from gate.ledger import append, head_path, lock_path, read_ledger, require_digest
+from gate.ledger import append, head_path, lock_path, read_ledger, require_digest, sign_head
 from gate.manifest import canonical_json, sha256_hex
 from gate.release.statements import (
     FIRST_PREVIOUS,
@@ -29,6 +29,7 @@ from gate.release.statements import (
 from gate.signing import KeySigner, new_key, open_signer
 from gate.trust import PolicyFile, read_policy
 
+LATER = "2026-11-21T12:00:00Z"
 POLICY = """schema = 1
 ledger = "ledger.jsonl"
 
@@ -79,8 +80,11 @@ class World:
     def with_alice(self, more):
         return write_policy(self.root, self.signers, more)
 
-    def read(self, policy=None):
-        return read_ledger(self.path, policy or self.policy)
+    def read(self, policy=None, now=None):
+        return read_ledger(self.path, policy or self.policy, now=now)
+
+    def take_over(self, policy, *, who="bob", now=LATER, show=None):
+        return sign_head(self.path, policy, self.signers[who], now=now, show=show)
 
     def append(self, serial, *, who="alice", expected=None, **values):
         expected = self.read() if expected is None else expected
@@ -134,9 +138,9 @@ def world(signers, tmp_path):
     return World(tmp_path, signers, write_policy(tmp_path, signers))
 
 
-def refused(world, message, policy=None):
+def refused(world, message, policy=None, now=None):
     with pytest.raises(LedgerError, match=message) as caught:
-        world.read(policy)
+        world.read(policy, now)
     assert caught.value.exit_code == 4
 
 
@@ -333,6 +337,7 @@ def test_a_line_with_no_two_or_somebody_elses_signature_is_refused(world):
 
 def test_a_revoked_promoter_counts_for_what_came_before_and_for_nothing_after(world):
     lines = world.filled(2)
+    world.head(lines, who="bob")
     before = world.with_alice("revoked = 2026-11-21T10:00:02Z")
     assert len(world.read(before).lines) == 2
     refused(
@@ -340,8 +345,127 @@ def test_a_revoked_promoter_counts_for_what_came_before_and_for_nothing_after(wo
         r"ledger\.jsonl:2: is signed by alice, .* was revoked",
         world.with_alice("revoked = 2026-11-21T10:00:01Z"),
     )
-    world.write([*lines, world.sign(making(2)(2, sha256_hex(lines[1])))])
+    world.write([*lines, world.sign(making(2)(2, sha256_hex(lines[1])))], who="bob")
     refused(world, r"ledger\.jsonl:3: is signed by alice, .* was revoked", before)
+
+
+def test_a_head_by_a_key_that_is_revoked_by_now_is_refused_until_another_promoter_signs_it(world):
+    world.filled(2)
+    policy = world.with_alice('revoked = 2026-11-21T11:00:00Z\nreason = "stolen"')
+    assert len(world.read(policy, "2026-11-21T10:59:59Z").lines) == 2
+    why = r"\.head: its head is signed by alice, whose key was revoked on 2026-11-21T11:00:00Z: stolen(.|\n)*"
+    refused(world, why + r"gate ledger sign --policy .*trust\.toml --key KEY", policy, "2026-11-21T11:00:00Z")
+    shown = []
+    done = world.take_over(policy, show=shown.append)
+    assert (shown[0].head_signer, done.head_signer) == ("alice", "bob")
+    found = world.read(policy, LATER)
+    assert (found.head_signer, found.notes, found.lines) == ("bob", (), shown[0].lines)
+    assert found.lines == done.lines
+
+
+def test_a_revoked_promoter_cannot_rewrite_what_came_after_them(world):
+    """The old head and the lines up to it, with one line more of before the revocation, signed by whoever stole the key."""
+    lines = world.filled(2)
+    policy = world.with_alice("revoked = 2026-11-21T10:30:00Z")
+    world.take_over(policy, now="2026-11-21T11:00:00Z")
+    kept = head_path(world.path).read_bytes()
+    forged = world.sign(making(2)(2, sha256_hex(lines[1])))
+    world.write([*lines, forged], who="alice")
+    refused(world, r"\.head: its head is signed by alice", policy, LATER)
+    head_path(world.path).write_bytes(kept)
+    refused(world, r"ledger\.jsonl:3: line 3, which the head does not know yet, is signed by alice", policy, LATER)
+
+
+def test_a_key_that_has_run_out_is_noted_and_stops_nobody(world):
+    lines = world.filled(2)
+    policy = world.with_alice("valid_until = 2026-11-21T11:00:00Z")
+    assert world.read(policy, "2026-11-21T10:59:59Z").notes == ()
+    (note,) = world.read(policy, LATER).notes
+    assert "its head is signed by alice, whose key expired on 2026-11-21T11:00:00Z" in note
+    assert "gate ledger sign" in note
+    world.head(lines[:1])
+    assert len(world.read(policy, LATER).notes) == 3
+    world.take_over(policy)
+    assert world.read(policy, LATER).notes == ()
+
+
+def test_taking_a_ledger_over_leaves_no_other_check_out(world):
+    lines = world.filled(3)
+    policy = world.with_alice("revoked = 2026-11-21T11:00:00Z")
+    for change, message in (
+        (lambda: world.path.write_bytes(b"".join(lines[:2])), "lines were cut off"),
+        (lambda: world.path.write_bytes(b"".join([lines[0], lines[2]])), "a line was added, removed or moved"),
+        (lambda: world.head(lines, last="0" * 64), "says that line 3 is 000000000000"),
+        (lambda: world.head(lines, who="carol"), "who is release, not promoter"),
+        (lambda: head_path(world.path).unlink(), "is missing"),
+    ):
+        change()
+        before = head_path(world.path).read_bytes() if head_path(world.path).exists() else None
+        with pytest.raises(LedgerError, match=message):
+            world.take_over(policy)
+        assert before is None or head_path(world.path).read_bytes() == before
+        world.write(lines)
+    world.take_over(policy)
+
+
+@pytest.mark.parametrize(
+    "who, now, message",
+    [
+        ("alice", LATER, "the key alice was revoked"),
+        ("carol", LATER, "carol is release; the ledger is signed by promoter"),
+        ("mallory", LATER, "does not have the key"),
+        ("bob", "2026-11-21T09:00:00Z", "the clock here says 2026-11-21T09:00:00Z"),
+    ],
+)
+def test_only_a_promoter_who_counts_now_takes_a_ledger_over(world, who, now, message):
+    world.filled(2)
+    before = head_path(world.path).read_bytes()
+    with pytest.raises(PromotionRefused, match=message):
+        world.take_over(world.with_alice("revoked = 2026-11-21T11:00:00Z"), who=who, now=now)
+    assert head_path(world.path).read_bytes() == before
+
+
+def test_what_is_shown_can_still_be_refused_and_nothing_is_signed_where_nothing_is(world):
+    with pytest.raises(PromotionRefused, match="there is no ledger yet"):
+        world.take_over(world.policy)
+    world.filled(1)
+    before = head_path(world.path).read_bytes()
+    with pytest.raises(LedgerError, match="put back"):
+        world.take_over(world.policy, show=lambda ledger: ledger.require_line("9" * 64))
+    assert head_path(world.path).read_bytes() == before
+
+
+def test_a_whole_line_that_the_head_does_not_know_is_taken_over_with_it(world):
+    lines = world.filled(2)
+    world.head(lines[:1])
+    world.take_over(world.policy)
+    assert (world.read().notes, len(world.read().lines)) == ((), 2)
+
+
+def test_a_head_of_no_lines_is_there_before_the_first_one(world):
+    lines = world.filled(1)
+    nothing = LedgerHead(entries=0, last=FIRST_PREVIOUS)
+    head_path(world.path).write_bytes(world.sign(nothing, payload_type=LEDGER_HEAD))
+    assert "line 1 is whole" in world.read().notes[0]
+    world.path.write_bytes(lines[0][:50])
+    assert world.read().lines == ()
+    world.path.write_bytes(b"")
+    assert "its first entry was begun and never committed" in world.read().notes[0]
+    world.path.unlink()
+    assert world.read().lines == ()
+    world.append(5)
+    assert world.read().notes == ()
+    head_path(world.path).write_bytes(
+        world.sign(msgspec.structs.replace(nothing, last="9" * 64), payload_type=LEDGER_HEAD)
+    )
+    refused(world, "says 0 lines, and that the last one is 999999999999")
+
+
+@pytest.mark.parametrize("left", [b"", b'{"pay'])
+def test_a_ledger_of_one_line_that_was_emptied_is_refused(world, left):
+    world.filled(1)
+    world.path.write_bytes(left)
+    refused(world, "has 0 whole lines, and its head says 1: lines were cut off")
 
 
 def test_a_promoter_counts_from_and_until_its_dates(world):
@@ -755,8 +879,8 @@ def test_a_kill_at_any_call_of_an_append_leaves_the_old_or_the_new_and_it_can_be
     said = script(KILLED, world, key_file, first)
     steps, _, states = said.partition(" ")
     assert int(steps) > 15
-    # Not begun, torn or begun, and done; where there was a head before, also a whole line that it did not know.
-    expected = {(0, False), (0, True), (1, False)} | ({(1, True)} if first else set())
+    # Not begun, torn or begun, a whole line that the head does not know, and done.
+    expected = {(0, False), (0, True), (1, True), (1, False)}
     assert set(map(tuple, json.loads(states.replace("(", "[").replace(")", "]").lower()))) == expected
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from gate import loading, promotion
+from gate import loading, promotion, verification
 from gate.engines.containers import FALLBACK_PATH
 from gate.errors import (
     BackendUnavailable,
+    BundleError,
     DigestMismatch,
     GateError,
+    IdentityMismatch,
     IncompatibleEngine,
     LedgerError,
     PromotionRefused,
@@ -26,13 +28,17 @@ from gate.errors import (
     SignatureMismatch,
     SpecError,
     StaleVerdict,
+    VerificationError,
 )
 from gate.loading import load
+from gate.manifest import sha256_hex
 from gate.pipeline import CheckOptions, Silence, check, seal_passed
+from gate.release.statements import IN_TOTO, envelope_from_bytes
 from gate.signing import new_key, open_signer
 from gate.spec import read_spec
-from gate.store import Release
+from gate.store import VERDICT_PATH, Release
 from gate.trust import read_policy
+from tests.test_store import reseal
 
 MODEL = """
 import torch
@@ -118,6 +124,15 @@ baseline = "any"
 [slot.production]
 evidence = "preflight"
 
+[slot.staged]
+evidence = "preflight"
+[[slot.staged.stage]]
+name = "shadow"
+[[slot.staged.stage]]
+name = "canary-5"
+[[slot.staged.stage]]
+name = "full"
+
 [slot.open]
 evidence = "preflight"
 load = "approved"
@@ -137,7 +152,7 @@ evidence = "preflight"
 load = "approved"
 fallback = ["pytorch", "onnx"]
 """
-SLOTS = ("production", "open", "graph", "model", "either")
+SLOTS = ("production", "staged", "open", "graph", "model", "either")
 FEEDS = {"input": np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)}
 
 
@@ -164,9 +179,13 @@ def made(tmp_path_factory):
     (root / "trust/trust.toml").write_text(POLICY.format(**public))
     file = read_spec(root / "gate.toml")
     run = check(file, CheckOptions(cache=root / "cache", baselines=root / "baselines"), Silence())
-    release = Release(slots=SLOTS, signer=open_signer(str(root / "gate.pem")))
+    release = Release(slots=SLOTS, serial=118, signer=open_signer(str(root / "gate.pem")))
     sealed = seal_passed(file, run, root / "dist", baselines=root / "baselines", release=release)
     assert [each.reason for each in sealed] == [None] * 4
+    first = msgspec.structs.replace(run, engines=run.engines[:1])
+    later = dataclasses.replace(release, serial=120)
+    (sealed,) = seal_passed(file, first, root / "later", baselines=root / "baselines", release=later)
+    assert sealed.reason is None
     return root
 
 
@@ -174,6 +193,7 @@ def made(tmp_path_factory):
 def root(made, tmp_path, monkeypatch):
     """A copy of it that a test may change; temporary files go into `scratch`."""
     shutil.copytree(made / "dist", tmp_path / "dist")
+    shutil.copytree(made / "later", tmp_path / "later")
     shutil.copytree(made / "trust", tmp_path / "trust")
     for name in ("gate.pem", "promoter.pem"):
         shutil.copy2(made / name, tmp_path / name)
@@ -182,16 +202,30 @@ def root(made, tmp_path, monkeypatch):
     return tmp_path
 
 
-def loaded(root, engine="ort", slot="open", **more):
-    return load(root / "dist/tiny" / engine, root / "trust/trust.toml", model="tiny", slot=slot, **more)
+def loaded(root, engine="ort", slot="open", *, dist="dist", **more):
+    return load(root / dist / "tiny" / engine, root / "trust/trust.toml", model="tiny", slot=slot, **more)
 
 
 def promoter(root):
     return {"policy": read_policy(root / "trust/trust.toml"), "signer": open_signer(str(root / "promoter.pem"))}
 
 
-def promote(root, engine="ort"):
-    promotion.promote(root / "dist/tiny" / engine, model="tiny", slot="production", **promoter(root))
+def promote(root, engine="ort", slot="production", *, dist="dist"):
+    return promotion.promote(root / dist / "tiny" / engine, model="tiny", slot=slot, **promoter(root))
+
+
+def stage(root, *, candidate=1):
+    """Serial 118 has all of the traffic of `staged`, serial 120 is a candidate in its first stage, or a later one."""
+    for _ in range(3):
+        promote(root, slot="staged")
+    for _ in range(candidate):
+        promote(root, slot="staged", dist="later")
+
+
+def edit_policy(root, old, new):
+    path = root / "trust/trust.toml"
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
 
 
 def meanwhile(monkeypatch, change):
@@ -235,6 +269,11 @@ def test_engine_runs_on_when_its_bundle_is_gone(root):
     with loaded(root) as engine:
         shutil.rmtree(root / "dist")
         np.testing.assert_allclose(engine.infer(FEEDS)["scores"], expected(), rtol=1e-5, atol=1e-6)
+
+
+def test_paths_may_be_texts(root):
+    with load(str(root / "dist/tiny/ort"), str(root / "trust/trust.toml"), model="tiny", slot="open") as engine:
+        assert engine.fallback is None
 
 
 def test_path_to_a_policy_and_the_policy_itself_are_the_same(root):
@@ -337,13 +376,249 @@ def test_private_copy_is_a_file_of_this_user_where_there_is_no_memory_for_it(roo
 
 
 def test_slot_that_takes_what_was_promoted_refuses_what_was_not(root):
-    with pytest.raises(PromotionRefused, match="not in slot 'production': nothing was promoted into it"):
+    with pytest.raises(
+        PromotionRefused, match="holds serial 118; .* 'production': nothing was promoted into it"
+    ) as err:
         loaded(root, slot="production")
+    assert err.value.hint.startswith("gate promote ")
     promote(root)
     with loaded(root, slot="production") as engine:
         assert engine.metadata.engine == "ort"
-    with pytest.raises(PromotionRefused, match=r"not in slot 'production': there is serial \d+ in stage full"):
+    with pytest.raises(PromotionRefused, match=r"(?m)another verdict of serial 118 \(.*\); in the slot is serial 118$"):
         loaded(root, "aoti", "production")
+    with pytest.raises(PromotionRefused, match="(?m)holds serial 120; in the slot is serial 118$"):
+        loaded(root, slot="production", dist="later")
+
+
+def test_candidate_is_loaded_by_who_names_its_stage_alone(root):
+    stage(root)
+    with loaded(root, slot="staged") as engine:
+        assert (engine.verified.statement.predicate.serial, engine.verified.stage) == (118, "full")
+    with loaded(root, slot="staged", dist="later", stage="shadow") as engine:
+        assert (engine.verified.statement.predicate.serial, engine.verified.stage) == (120, "shadow")
+    for given in (None, "full"):
+        with pytest.raises(
+            PromotionRefused, match=r"serial 120, a candidate in stage shadow alone; in .* is serial 118"
+        ) as err:
+            loaded(root, slot="staged", dist="later", stage=given)
+        assert "stage='shadow'" in err.value.hint
+
+
+def test_candidate_that_is_put_where_production_lies_is_refused(root):
+    stage(root)
+    shutil.rmtree(root / "dist/tiny/ort")
+    shutil.copytree(root / "later/tiny/ort", root / "dist/tiny/ort")
+    with pytest.raises(PromotionRefused, match="holds serial 120, a candidate in stage shadow alone; in the slot is"):
+        loaded(root, slot="staged")
+
+
+def test_candidate_where_nothing_has_all_of_the_traffic_is_not_loaded_for_all_of_it(root):
+    promote(root, slot="staged")
+    with pytest.raises(PromotionRefused, match="nothing has all of the traffic, serial 118 is in stage shadow"):
+        loaded(root, slot="staged")
+
+
+def test_stage_takes_what_is_in_it_now_and_not_what_has_all_of_the_traffic(root):
+    stage(root, candidate=2)
+    with loaded(root, slot="staged", dist="later", stage="canary-5") as engine:
+        assert engine.verified.stage == "canary-5"
+    with pytest.raises(PromotionRefused, match="not in stage 'shadow' of the slot 'staged': nothing is in that stage"):
+        loaded(root, slot="staged", dist="later", stage="shadow")
+    with pytest.raises(PromotionRefused, match="serial 118, which has all of the traffic; in stage 'canary-5' of the"):
+        loaded(root, slot="staged", stage="canary-5")
+    promote(root, slot="staged", dist="later")
+    with loaded(root, slot="staged", dist="later") as engine:
+        assert engine.verified.stage == "full"
+    with pytest.raises(PromotionRefused, match="nothing is in that stage, serial 120 is in stage full"):
+        loaded(root, slot="staged", dist="later", stage="canary-5")
+    with pytest.raises(PromotionRefused, match="holds serial 118; in the slot is serial 120") as err:
+        loaded(root, slot="staged")
+    assert "gate rollback" in err.value.hint
+
+
+def test_candidate_that_was_dropped_is_loaded_by_nobody(root):
+    stage(root)
+    promotion.rollback(model="tiny", slot="staged", reason="slow", **promoter(root))
+    for given in (None, "shadow"):
+        with pytest.raises(PromotionRefused, match="holds serial 120"):
+            loaded(root, slot="staged", dist="later", stage=given)
+
+
+@pytest.mark.parametrize("slot", ["staged", "open"])
+@pytest.mark.parametrize("name", ["canary", ""])
+def test_stage_that_the_policy_does_not_have_is_an_error(root, slot, name):
+    stage(root)
+    with pytest.raises(SpecError, match=f"slot '{slot}': .*no stage '{name}'"):
+        loaded(root, slot=slot, stage=name)
+
+
+def test_stage_is_passed_on_where_the_slot_takes_what_is_approved(root):
+    edit_policy(
+        root, '[slot.staged]\nevidence = "preflight"', '[slot.staged]\nevidence = "preflight"\nload = "approved"'
+    )
+    with loaded(root, slot="staged", stage="canary-5") as engine:
+        assert engine.verified.stage == "canary-5"
+    with loaded(root, slot="staged") as engine:
+        assert engine.verified.stage == "full"
+
+
+def test_what_has_all_of_the_traffic_loads_when_its_stage_was_renamed(root):
+    stage(root)
+    edit_policy(root, 'name = "full"', 'name = "all"')
+    for given in (None, "all", "full"):
+        with loaded(root, slot="staged", stage=given) as engine:
+            assert (engine.verified.statement.predicate.serial, engine.verified.stage) == (118, "all")
+            assert any("stage full of staged is not in the policy any more" in each for each in engine.warnings)
+        with pytest.raises(PromotionRefused, match="serial 120, a candidate"):
+            loaded(root, slot="staged", dist="later", stage=given)
+
+
+def test_only_stage_of_a_slot_may_be_renamed(root):
+    promote(root)
+    edit_policy(
+        root,
+        '[slot.production]\nevidence = "preflight"\n',
+        '[slot.production]\nevidence = "preflight"\n[[slot.production.stage]]\nname = "all"\n',
+    )
+    with loaded(root, slot="production") as engine:
+        assert engine.verified.stage == "all"
+
+
+def test_candidate_in_what_became_the_last_stage_does_not_have_all_of_the_traffic(root):
+    stage(root, candidate=2)
+    edit_policy(root, '[[slot.staged.stage]]\nname = "full"\n', "")
+    for given in (None, "canary-5"):
+        with loaded(root, slot="staged", stage=given) as engine:
+            assert engine.verified.statement.predicate.serial == 118
+        with pytest.raises(PromotionRefused, match="serial 120, a candidate in stage canary-5 alone"):
+            loaded(root, slot="staged", dist="later", stage=given)
+
+
+def test_bundle_that_was_sealed_anew_in_place_says_so(root):
+    promote(root)
+    shutil.rmtree(root / "dist/tiny/ort")
+    shutil.copytree(root / "later/tiny/ort", root / "dist/tiny/ort")
+    message = "(?m)holds serial 120; in the slot is serial 118: keep each bundle in a folder of its own$"
+    with pytest.raises(PromotionRefused, match=message) as err:
+        loaded(root, slot="production")
+    assert "written over" in err.value.hint
+    (root / "current").symlink_to(root / "dist/tiny/ort")
+    with pytest.raises(PromotionRefused, match=message):
+        load(root / "current", root / "trust/trust.toml", model="tiny", slot="production")
+
+
+def test_verdict_that_is_exchanged_while_it_is_verified_is_refused(root, monkeypatch):
+    stage(root)
+    real = loading.verify
+
+    def exchange(bundle, **asked):
+        shutil.rmtree(bundle)
+        shutil.copytree(root / "later/tiny/ort", bundle)
+        return real(bundle, **{**asked, "stage": "shadow"})
+
+    monkeypatch.setattr(loading, "verify", exchange)
+    with pytest.raises(VerificationError, match="exchanged while it was verified"):
+        loaded(root, slot="staged")
+
+
+@pytest.mark.parametrize(
+    "change", [Path.unlink, lambda path: path.write_bytes(b"{}"), lambda path: path.write_bytes(b"")]
+)
+def test_bundle_whose_verdict_cannot_be_read_is_not_loaded(root, change):
+    promote(root)
+    change(root / "dist/tiny/ort" / VERDICT_PATH)
+    with pytest.raises(BundleError, match="verdict"):
+        loaded(root, slot="production")
+
+
+@pytest.mark.parametrize("slot", ["production", "open"])
+def test_ledger_that_was_put_back_is_found_out_by_a_line_that_is_kept_elsewhere(root, slot):
+    before = promote(root).sha256
+    kept = {path: path.read_bytes() for path in (root / "trust").glob("ledger.jsonl*")}
+    after = promotion.revoke(str(root / "dist/tiny/aoti"), reason="wrong labels", **promoter(root)).sha256
+    for witness in (None, before, after):
+        with loaded(root, slot=slot, expect=witness) as engine:
+            assert engine.fallback is None
+    for path, data in kept.items():
+        path.write_bytes(data)
+    for witness in (after, "", after.upper()):
+        with pytest.raises(LedgerError, match="put back to an older state"):
+            loaded(root, slot=slot, expect=witness)
+
+
+def test_witness_of_a_ledger_that_the_policy_does_not_name_is_an_error(root):
+    file = read_policy(root / "trust/trust.toml")
+    file = dataclasses.replace(file, policy=msgspec.structs.replace(file.policy, ledger=None))
+    with pytest.raises(LedgerError, match="names no ledger"):
+        load(root / "dist/tiny/ort", file, model="tiny", slot="open", expect="0" * 64)
+
+
+def test_warnings_of_the_verification_are_told_and_kept(root, monkeypatch, caplog):
+    real = loading.verify
+
+    def verify(bundle, **asked):
+        verified = real(bundle, **asked)
+        object.__setattr__(verified, "warnings", ("key gate-ci expired", "the policy takes another spec by now"))
+        return verified
+
+    monkeypatch.setattr(loading, "verify", verify)
+    promote(root)
+    with loaded(root, slot="production") as engine:
+        assert engine.warnings == ("key gate-ci expired", "the policy takes another spec by now")
+    assert [each.name for each in caplog.records] == ["gate.loading"] * 2
+    for record, warning in zip(caplog.records, engine.warnings, strict=True):
+        assert record.levelno == logging.WARNING
+        assert record.getMessage() == f"tiny of slot production ({root / 'dist/tiny/ort'}): {warning}"
+
+
+def shown_good_bytes(root, monkeypatch, engine, name):
+    """A bundle whose file is refused, signed all the same, and put in order just for verification's look at it."""
+    path = root / "dist/tiny" / engine / name
+    good = path.read_bytes()
+    bad = b"\xf8\x86\x00\x01" + good  # An unknown field whose tag is too long: protobuf reads it, the gate does not.
+    path.write_bytes(bad)
+    changes = {"engine_sha256": sha256_hex(bad)} if name == "artifacts/model.onnx" else {}
+    reseal(root / "dist/tiny" / engine, **changes)
+    verdict = root / "dist/tiny" / engine / VERDICT_PATH
+    payload = envelope_from_bytes(verdict.read_bytes(), payload_type=IN_TOTO, where="").payload
+    verdict.write_bytes(open_signer(str(root / "gate.pem")).sign(payload, IN_TOTO).to_bytes())
+
+    def overwrite(data):
+        with path.open("r+b") as file:
+            file.truncate(0)
+            file.write(data)
+
+    real = verification.require_engine
+
+    def racing(stream, named):
+        if named != name:
+            return real(stream, named)
+        overwrite(good)
+        try:
+            return real(stream, named)
+        finally:
+            overwrite(bad)
+
+    with pytest.raises(VerificationError, match="is no ONNX file"):
+        loaded(root, engine)
+    monkeypatch.setattr(verification, "require_engine", racing)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_engine_that_verification_was_shown_other_bytes_of_is_not_loaded(root, monkeypatch, in_memory):
+    shown_good_bytes(root, monkeypatch, "ort", "artifacts/model.onnx")
+    if not in_memory:
+        monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(VerificationError, match="is no ONNX file") as err:
+        loaded(root)
+    assert err.value.where == str(root / "dist/tiny/ort/artifacts/model.onnx")
+    assert list((root / "scratch").iterdir()) == []
+
+
+def test_fallback_that_verification_was_shown_other_bytes_of_is_not_loaded(root, monkeypatch):
+    shown_good_bytes(root, monkeypatch, "rtx", FALLBACK_PATH)
+    with pytest.raises(VerificationError, match="is no ONNX file"):
+        loaded(root, "rtx", "graph", reference=linear)
 
 
 def test_what_was_promoted_loads_when_its_verdict_is_long_expired(root):
@@ -398,6 +673,9 @@ def test_slot_model_and_policy_must_be_what_was_asked_for(root):
         loaded(root, slot="staging")
     with pytest.raises(GateError, match="other"):
         load(root / "dist/tiny/ort", root / "trust/trust.toml", model="other", slot="open")
+    for slot in ("open", "production"):
+        with pytest.raises(IdentityMismatch, match="'other'"):
+            load(root / "dist/tiny/ort", root / "trust/trust.toml", model="other", slot=slot)
     shutil.copy(root / "trust/trust.toml", root / "dist/tiny/ort/policy/trust.toml")
     with pytest.raises(SpecError, match="inside the bundle"):
         load(root / "dist/tiny/ort", root / "dist/tiny/ort/policy/trust.toml", model="tiny", slot="open")

@@ -1,3 +1,4 @@
+import base64
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from gate.errors import (
     IdentityMismatch,
     LedgerError,
     PromotionRefused,
+    SignatureMismatch,
     SpecError,
     StaleVerdict,
+    VerificationError,
 )
-from gate.ledger import read_ledger
-from gate.manifest import sha256_hex
+from gate.ledger import read_ledger, sign_head
+from gate.manifest import canonical_json, sha256_hex
 from gate.release.policy import SlotPolicy, StagePolicy, TrustedKey
+from gate.release.statements import IN_TOTO
 from gate.results import run_from_builtins
 from gate.signing import KeySigner, new_key, open_signer
 from gate.store import Release, seal
@@ -250,7 +254,7 @@ def test_a_bundle_that_does_not_verify_is_neither_promoted_nor_approved(world):
 
 def test_another_model_or_slot_is_refused(world):
     arguments = {"policy": world.policy, "signer": world.signers["pam"], "now": "2026-11-22T00:00:00Z"}
-    with pytest.raises(IdentityMismatch, match="no model 'other'"):
+    with pytest.raises(IdentityMismatch, match="'other'"):
         promotion.promote(world.bundle(1), model="other", slot="staging", **arguments)
     with pytest.raises(SpecError, match="no slot 'prod'"):
         promotion.promote(world.bundle(1), model="digits-cnn", slot="prod", **arguments)
@@ -258,14 +262,33 @@ def test_another_model_or_slot_is_refused(world):
         promotion.rollback(model="digits-cnn", slot="prod", reason="x", **arguments)
 
 
-@pytest.mark.parametrize("bundle", ["nothing", "trust.toml", "."])
-def test_what_is_no_bundle_is_refused(world, bundle):
-    with pytest.raises(BundleError, match="verdict.dsse.json"):
+@pytest.mark.parametrize(
+    "bundle, message", [("nothing", "there is no bundle"), ("trust.toml", "is not a folder"), (".", "")]
+)
+def test_what_is_no_bundle_is_refused(world, bundle, message):
+    with pytest.raises(BundleError, match=f"{message}(.|\\n)*gate revoke SHA256 --policy"):
         world.revoke(world.root / bundle)
     with pytest.raises(BundleError, match="verdict.dsse.json"):
         promotion.promote(
             world.root / bundle, policy=world.policy, model="digits-cnn", slot="staging", signer=world.signers["pam"]
         )
+
+
+def test_a_bundle_that_is_reached_by_a_link_is_refused_with_what_it_leads_to(world):
+    link = world.root / "latest"
+    link.symlink_to(world.bundle(1))
+    asked = {"policy": world.policy, "model": "digits-cnn", "now": "2026-11-22T00:00:00Z"}
+    message = "latest: is a symbolic link; give what it leads to, .*serial-1"
+    with pytest.raises(VerificationError, match=message):
+        promotion.promote(link, slot="staging", signer=world.signers["pam"], **asked)
+    with pytest.raises(VerificationError, match=message):
+        promotion.approve(link, slot="production", signer=world.signers["ada"], **asked)
+    with pytest.raises(VerificationError, match=message):
+        world.revoke(link)
+    for serial in (1, 2):
+        world.promote(serial)
+    with pytest.raises(PromotionRefused, match=message):
+        world.rollback(bundle=link)
 
 
 def test_a_key_approves_once_and_for_one_slot_at_a_time(world):
@@ -310,10 +333,54 @@ def test_a_rollback_goes_to_the_last_good_one_and_says_what_was_passed_over(worl
     for serial in (1, 2, 3):
         world.promote(serial)
     shutil.rmtree(world.bundle(2))
-    done = world.rollback()
+    done = world.rollback(older=True)
     assert (done.entry.serial, done.entry.action, done.entry.full) == (1, "rollback", True)
-    assert any("passed over" in note and "serial-2" in note for note in done.notes)
+    assert any("passed over serial 2, " in note and "serial-2" in note for note in done.notes)
     assert world.current() == 1
+
+
+def test_a_rollback_does_not_go_further_back_by_itself(world):
+    for serial in (1, 2, 3):
+        world.promote(serial)
+    with (world.bundle(2) / "artifacts" / "model.onnx").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(PromotionRefused, match="serial 2, the last good one before, cannot be gone back to") as caught:
+        world.rollback()
+    assert "artifacts/model.onnx: " in caught.value.message
+    assert "--bundle DIR" in caught.value.hint
+    assert "or go further back, to serial 1 or the next older that verifies: gate rollback" in caught.value.hint
+    assert caught.value.hint.endswith("--older")
+    assert world.current() == 3
+    assert world.rollback(older=True).entry.serial == 1
+
+
+def test_a_rollback_to_the_older_ones_takes_the_last_good_one_where_that_verifies(world):
+    for serial in (1, 2, 3):
+        world.promote(serial)
+    assert world.rollback(older=True).entry.serial == 2
+    with pytest.raises(SpecError, match="one or the other"):
+        world.rollback(older=True, bundle=world.bundle(1))
+
+
+def test_a_rollback_takes_the_candidate_out_before_anything_older(world):
+    world.promote(1, slot="production")
+    with pytest.raises(PromotionRefused, match="is in the stage shadow: that is taken out first(.|\n)*--older"):
+        world.rollback(slot="production", older=True)
+
+
+def test_a_folder_that_was_sealed_into_again_is_told_so(world):
+    for serial in (1, 2):
+        world.promote(serial)
+    shutil.rmtree(world.bundle(1))
+    shutil.copytree(world.bundle(3), world.bundle(1))
+    for older in (False, True):
+        with pytest.raises(
+            PromotionRefused,
+            match="serial-1 now holds serial 3; the one that was promoted, serial 1, is not there: keep each bundle in a "
+            "folder of its own, or give --bundle",
+        ):
+            world.rollback(older=older)
+    assert world.current() == 2
 
 
 def test_a_rollback_never_goes_to_a_revoked_one_however_it_is_asked_for(world):
@@ -331,7 +398,7 @@ def test_a_rollback_finds_a_bundle_that_was_moved_where_it_is_told(world):
     for serial in (1, 2):
         world.promote(serial)
     world.bundle(1).rename(world.root / "moved")
-    with pytest.raises(PromotionRefused, match="none of the bundles before this one verifies(.|\n)*--bundle"):
+    with pytest.raises(PromotionRefused, match="serial 1, the last good one before(.|\n)*--bundle DIR$"):
         world.rollback()
     assert world.rollback(bundle=world.root / "moved").entry.bundle == str(world.root / "moved")
     assert world.current() == 1
@@ -350,12 +417,13 @@ def test_a_bundle_that_was_changed_since_is_not_gone_back_to(world):
     for serial in (1, 2):
         world.promote(serial)
     (world.bundle(1) / "artifacts" / "model.onnx").write_bytes(b"x")
-    with pytest.raises(PromotionRefused, match="none of the bundles before this one verifies"):
+    with pytest.raises(PromotionRefused, match="artifacts/model.onnx: "):
         world.rollback()
-    shutil.rmtree(world.bundle(1))
-    shutil.copytree(world.bundle(3), world.bundle(1))
-    with pytest.raises(PromotionRefused, match="it holds the verdict"):
-        world.rollback()
+    with pytest.raises(PromotionRefused, match="none of the bundles before this one verifies(.|\n)*--bundle DIR"):
+        world.rollback(older=True)
+    with pytest.raises(PromotionRefused, match="artifacts/model.onnx: "):
+        world.rollback(bundle=world.bundle(1))
+    assert world.current() == 2
 
 
 def test_a_rollback_works_when_the_verdict_is_long_expired(world):
@@ -393,12 +461,172 @@ def test_a_revoked_verdict_is_neither_promoted_nor_approved_again(world):
         world.revoke(world.bundle(1))
 
 
-def test_a_bundle_that_was_never_promoted_can_be_revoked_by_its_folder_alone(world):
+def test_a_bundle_that_was_never_promoted_can_be_revoked_by_its_folder(world):
     verdict = promotion.peek(world.bundle(3))[1]
-    with pytest.raises(PromotionRefused, match="the ledger does not know the verdict"):
-        world.revoke(verdict)
-    assert world.revoke(world.bundle(3)).entry.verdict == verdict
+    done = world.revoke(world.bundle(3))
+    assert (done.entry.verdict, done.entry.model, done.slots) == (verdict, "digits-cnn", ("production", "staging"))
     assert world.history().revoked(verdict).serial == 3
+
+
+def test_a_verdict_that_the_ledger_does_not_know_is_revoked_by_its_digest_and_stays_unnamed(world):
+    verdict = promotion.peek(world.bundle(3))[1]
+    done = world.revoke(verdict.upper())
+    assert (done.entry.verdict, done.entry.model, done.entry.engine, done.slots) == (verdict, "", "", None)
+    assert "the ledger does not know this verdict" in done.notes[0]
+    with pytest.raises(StaleVerdict, match="revoked"):
+        world.promote(3, now="2026-11-26T00:00:00Z")
+
+
+def test_a_verdict_that_the_ledger_knows_is_revoked_by_its_digest_with_what_it_is(world):
+    verdict = world.promote(1).entry.verdict
+    (world.root / verdict).mkdir()
+    done = world.revoke(verdict)
+    assert (done.entry.model, done.entry.serial, done.slots) == ("digits-cnn", 1, ("staging",))
+    assert done.notes == ()
+
+
+def unsigned(world, bundle):
+    path = bundle / "seals" / "verdict.dsse.json"
+    said = json.loads(path.read_bytes())
+    path.write_bytes(canonical_json({**said, "signatures": []}))
+
+
+def edited(world, bundle):
+    path = bundle / "seals" / "verdict.dsse.json"
+    said = json.loads(path.read_bytes())
+    payload = base64.b64decode(said["payload"]).replace(b'"serial":1', b'"serial":9')
+    path.write_bytes(canonical_json({**said, "payload": base64.b64encode(payload).decode()}))
+
+
+def signed_by(who):
+    def change(world, bundle):
+        path = bundle / "seals" / "verdict.dsse.json"
+        payload = base64.b64decode(json.loads(path.read_bytes())["payload"])
+        path.write_bytes(world.signers[who].sign(payload, IN_TOTO).to_bytes())
+
+    return change
+
+
+def signed_twice(world, bundle):
+    path = bundle / "seals" / "verdict.dsse.json"
+    said = json.loads(path.read_bytes())
+    second = json.loads(world.signers["ada"].sign(base64.b64decode(said["payload"]), IN_TOTO).to_bytes())
+    path.write_bytes(canonical_json({**said, "signatures": said["signatures"] + second["signatures"]}))
+
+
+def of_another(world, bundle):
+    shutil.copy(world.bundle(2) / "seals" / "verdict.dsse.json", bundle / "seals" / "verdict.dsse.json")
+    (bundle / "artifacts" / "model.onnx").write_bytes(b"x")
+
+
+def of_another_tree(world, bundle):
+    shutil.copy(world.bundle(2) / "seals" / "verdict.dsse.json", bundle / "seals" / "verdict.dsse.json")
+    (bundle / "evidence" / "more.json").write_bytes(b"{}")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (unsigned, SignatureMismatch, "nobody signed the verdict"),
+        (edited, SignatureMismatch, "does not hold"),
+        (signed_by("eve"), SignatureMismatch, "is not in the policy"),
+        (signed_by("pam"), SignatureMismatch, "key pam is of role promoter, not gate"),
+        (signed_twice, SignatureMismatch, "2 keys signed the verdict, one does"),
+        (of_another, DigestMismatch, "model.onnx"),
+        (of_another_tree, VerificationError, "was not sealed: it was added"),
+    ],
+)
+def test_only_a_verdict_by_the_gate_over_these_files_is_revoked_by_its_folder(world, change, error, message):
+    world.promote(1)
+    change(world, world.bundle(1))
+    before = (world.root / "ledger.jsonl").read_bytes()
+    with pytest.raises(error, match=message) as caught:
+        world.revoke(world.bundle(1))
+    assert caught.value.hint.startswith("gate revoke SHA256 --policy ")
+    assert "not from this folder" in caught.value.hint
+    assert (world.root / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("more", ["revoked = 2026-11-01", "valid_until = 2026-11-01"])
+def test_a_verdict_by_a_key_that_no_longer_counts_can_be_revoked(world, more):
+    path = world.root / "trust.toml"
+    path.write_text(path.read_text().replace('roles = ["gate"]\n', f'roles = ["gate"]\n{more}\n'))
+    world.policy = read_policy(path)
+    assert world.revoke(world.bundle(1)).entry.serial == 1
+
+
+def test_a_head_by_a_revoked_promoter_stops_every_action(world):
+    world.promote(1)
+    path = world.root / "trust.toml"
+    path.write_text(
+        path.read_text().replace('roles = ["promoter"]\n', 'roles = ["promoter"]\nrevoked = 2026-11-23\n', 1)
+    )
+    path.write_text(
+        path.read_text().replace(
+            'roles = ["release"]\npublic = "' + world.signers["ada"].public.text,
+            'roles = ["release", "promoter"]\npublic = "' + world.signers["ada"].public.text,
+        )
+    )
+    world.policy = read_policy(path)
+    for act in (
+        lambda: world.promote(2, who="ada", now="2026-11-24T00:00:00Z"),
+        lambda: world.rollback(who="ada"),
+        lambda: world.revoke(world.bundle(1), who="ada"),
+        lambda: world.approve(2, "ben", role="release", now="2026-11-24T00:00:00Z"),
+    ):
+        with pytest.raises(
+            LedgerError, match="its head is signed by pam, whose key was revoked(.|\n)*gate ledger sign"
+        ):
+            act()
+    sign_head(world.root / "ledger.jsonl", world.policy, world.signers["ada"], now="2026-11-24T00:00:00Z")
+    assert world.promote(2, who="ada", now="2026-11-24T00:00:00Z").entry.serial == 2
+
+
+def test_what_was_rolled_back_from_is_told_so_when_it_is_promoted_again(world):
+    world.promote(1, slot="production")
+    world.rollback(slot="production")
+    with pytest.raises(
+        StaleVerdict, match="it was rolled back from shadow on 2026-11-25T00:00:00Z: check, seal and"
+    ) as caught:
+        world.promote(1, slot="production", now="2026-11-26T00:00:00Z")
+    assert "older verdict" not in str(caught.value)
+
+
+STALE = ".tmp-999999999-0123456789abcdef"
+
+
+def test_what_an_approval_that_was_stopped_left_is_removed(world):
+    (world.bundle(1) / "seals" / STALE).write_bytes(b"{")
+    world.approve(1, "ada")
+    assert not (world.bundle(1) / "seals" / STALE).exists()
+
+
+def linked_seals(bundle, outside):
+    shutil.copytree(bundle / "seals", outside, dirs_exist_ok=True)
+    shutil.rmtree(bundle / "seals")
+    (bundle / "seals").symlink_to(outside)
+
+
+def link_beside(bundle, outside):
+    (bundle / "seals" / STALE).write_bytes(b"{")
+    (bundle / "evidence" / "link").symlink_to(outside)
+
+
+def folder_among_them(bundle, outside):
+    (bundle / "seals" / STALE).mkdir()
+    (bundle / "seals" / STALE / "data").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("change", [linked_seals, link_beside, folder_among_them])
+def test_nothing_is_removed_where_the_tree_is_not_that_of_a_bundle(world, change, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / STALE).mkdir()
+    (outside / STALE / "data").write_bytes(b"x")
+    change(world.bundle(1), outside)
+    with pytest.raises(BundleError, match="symbolic link|dot-file"):
+        world.approve(1, "ada")
+    assert (outside / STALE / "data").read_bytes() == b"x"
+    assert (world.bundle(1) / "seals" / STALE).exists()
 
 
 def test_an_edited_ledger_stops_everything(world):

@@ -163,7 +163,7 @@ def test_what_passed_is_sealed_and_verifies(made, bundle):
         "verdict",
     ]
     assert all(step.ok for step in verified.steps)
-    assert verified.steps[4].detail == "PASSED, 3 findings recomputed, evidence: host"
+    assert verified.steps[4].detail == "PASSED, 4 findings recomputed, evidence: host"
 
 
 def test_the_statement_lists_every_file_as_in_toto_has_it(bundle):
@@ -248,7 +248,7 @@ def rename(path):
 def test_a_damaged_tree_is_refused(bundle, name, damage):
     damage(bundle / name)
     with pytest.raises(
-        BundleError, match="is missing|link|regular|added|sha256 is|is not JSON|empty|not written as"
+        BundleError, match="is missing|link|regular|added|sha256 is|bytes, sealed were|is not JSON|empty|not written as"
     ) as caught:
         verify_seal(bundle)
     assert str(bundle) in caught.value.where
@@ -257,7 +257,7 @@ def test_a_damaged_tree_is_refused(bundle, name, damage):
 @pytest.mark.parametrize("name", [name for name in FILES if name != VERDICT_PATH])
 def test_a_file_that_grew_is_refused(bundle, name):
     grow(bundle / name)
-    with pytest.raises(DigestMismatch, match="its sha256 is"):
+    with pytest.raises(DigestMismatch, match="bytes, sealed were"):
         verify_seal(bundle)
 
 
@@ -302,7 +302,9 @@ def test_what_is_no_folder_is_no_bundle(bundle, tmp_path, kind):
         path.mkdir()
     elif kind == "link":
         path.symlink_to(bundle)
-    with pytest.raises(BundleError, match="there is no bundle|is not a folder|is an empty folder"):
+    with pytest.raises(
+        BundleError, match="there is no bundle|is not a folder|is an empty folder|is a symbolic link, not a bundle"
+    ):
         verify_seal(path)
 
 
@@ -356,11 +358,85 @@ def test_edited_metadata_is_refused_although_every_digest_holds(bundle, path, va
 
 def test_a_budget_that_was_left_out_is_missed_although_every_digest_holds(bundle):
     findings = json.loads((bundle / METADATA).read_bytes())["verdict"]["findings"]
-    edit(bundle, METADATA, "verdict", "findings", value=findings[:2])
+    edit(
+        bundle, METADATA, "verdict", "findings", value=[each for each in findings if each["check"] != "latency.p99_ms"]
+    )
     reseal(bundle)
     with pytest.raises(
         VerificationError, match=r"asks for latency\.p99_ms with a limit of 10\.0, the metadata has none"
     ):
+        verify_seal(bundle)
+
+
+@pytest.mark.parametrize("check", ["parity.rel_rmse", "parity.sqnr_db", "parity.nonfinite"])
+def test_a_check_of_parity_that_was_left_out_is_missed_although_every_digest_holds(bundle, check):
+    findings = json.loads((bundle / METADATA).read_bytes())["verdict"]["findings"]
+    edit(bundle, METADATA, "verdict", "findings", value=[each for each in findings if each["check"] != check])
+    reseal(bundle)
+    with pytest.raises(VerificationError, match=f"asks for {check}, and the metadata has it not"):
+        verify_seal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("limit", "value"), 1e9, r"asks for parity\.rel_rmse with a limit of 0\.002, the metadata has 1e\+09"),
+        (("estimate",), 0.0, r"parity\.rel_rmse is 0 on 101, its metrics give 0\.000126653 on 101"),
+        (("interval",), {"lower": 0.0, "upper": 1e-3}, r"parity\.rel_rmse is 0\.000126653 on 101, its metrics"),
+        (("n",), 5000, r"parity\.rel_rmse is 0\.000126653 on 5000, its metrics give 0\.000126653 on 101"),
+        (("check",), "parity.max_abs", r"asks for parity\.rel_rmse, and the metadata has it not"),
+    ],
+)
+def test_parity_that_is_not_of_the_metrics_and_the_spec_is_refused_although_every_digest_holds(
+    bundle, path, value, message
+):
+    edit(bundle, METADATA, "verdict", "findings", 0, *path, value=value)
+    reseal(bundle)
+    with pytest.raises(VerificationError, match=message):
+        verify_seal(bundle)
+
+
+def test_parity_that_nobody_asked_for_or_measured_is_refused(bundle):
+    raw = json.loads((bundle / METADATA).read_bytes())
+    more = {**raw["verdict"]["findings"][0], "check": "parity.mean_abs"}
+    edit(bundle, METADATA, "verdict", "findings", value=[*raw["verdict"]["findings"], more])
+    reseal(bundle)
+    with pytest.raises(VerificationError, match=r"asks not for parity\.mean_abs, which is in the metadata"):
+        verify_seal(bundle)
+    rest = [each for each in raw["verdict"]["findings"] if not each["check"].startswith("parity.")]
+    edit(bundle, METADATA, "verdict", "findings", value=rest)
+    edit(bundle, METADATA, "metrics", "outputs", value=[])
+    edit(bundle, "evidence/metrics.json", "outputs", value=[])
+    reseal(bundle)
+    with pytest.raises(VerificationError, match="asks for parity, the metadata has no output that was compared"):
+        verify_seal(bundle)
+
+
+def test_of_several_builds_the_interval_covers_the_first(made, tmp_path):
+    run, result, _, extra = made
+    spec = extra["policy/gate.toml"].replace(b'precision = "fp16"\n', b'precision = "fp16"\nrebuilds = 3\n', 1)
+    origin = msgspec.structs.replace(run.provenance, spec_sha256=hashlib.sha256(spec).hexdigest())
+    for upper, fits in ((1.9e-3, True), (1e-4, False)):
+        first, *others = result.verdict.findings
+        spread = msgspec.structs.replace(first, interval=Interval(1e-5, upper), detail="3 builds")
+        rebuilt = msgspec.structs.replace(result, verdict=Verdict(findings=(spread, *others)))
+        arguments = {
+            "run": msgspec.structs.replace(run, engines=(rebuilt,), provenance=origin),
+            "result": rebuilt,
+            "extra": {**extra, "policy/gate.toml": spec},
+        }
+        if fits:
+            assert sealed(made, tmp_path / "b", **arguments).metadata.verdict.findings[0].interval.upper == upper
+        else:
+            with pytest.raises(BundleError, match="its metrics give"):
+                sealed(made, tmp_path / "c", **arguments)
+
+
+def test_evidence_on_a_gpu_that_is_not_named_is_refused(bundle):
+    edit(bundle, METADATA, "verdict", "findings", 0, "evidence", value="device")
+    edit(bundle, METADATA, "verdict", "evidence", value="device")
+    reseal(bundle, evidence="device")
+    with pytest.raises(VerificationError, match="its findings were made on a GPU, it names none"):
         verify_seal(bundle)
 
 
@@ -509,15 +585,17 @@ def compared_bundle(made, tmp_path):
     }
     cell = Cell(batch=1)
     common = {"cell": cell, "against": "the baseline", "n": 1000, "evidence": Evidence.HOST}
-    *others, p99 = result.verdict.findings
+    rel_rmse, sqnr, p99, nonfinite = result.verdict.findings
     bounds = percentile_bounds(parts, 0.99)
     p99 = msgspec.structs.replace(p99, n=1000, interval=Interval(bounds.lower / 1e6, bounds.upper / 1e6))
     findings = (
-        *others,
+        rel_rmse,
+        sqnr,
         p99,
         regression_finding(ratios["p50"], "p50", limit_percent=3.0, **common),
         regression_finding(ratios["p95"], "p95", limit_percent=5.0, **common),
         speedup_finding(ratios["p50"], SpeedupSpec(at_least=0.5), **common),
+        nonfinite,
     )
     comparison = Comparison(
         against="baseline",
@@ -526,7 +604,7 @@ def compared_bundle(made, tmp_path):
         ratios=ratios,
         sessions=5,
         seconds=3.0,
-        checks=tuple(each.check for each in findings[3:]),
+        checks=tuple(each.check for each in findings[3:6]),
         stopped="decided after 5 sessions",
         pairs=pairs,
     )
@@ -544,7 +622,7 @@ def compared_bundle(made, tmp_path):
 
 
 def test_an_engine_is_sealed_with_every_latency_of_what_it_was_compared_with(compared_bundle):
-    assert verify_seal(compared_bundle).steps[4].detail == "PASSED, 6 findings recomputed, evidence: host"
+    assert verify_seal(compared_bundle).steps[4].detail == "PASSED, 7 findings recomputed, evidence: host"
     (cell,) = json.loads((compared_bundle / LATENCY).read_bytes())["cells"]
     assert [len(each["b_ns"]) for each in cell["comparisons"]["baseline"]] == [200] * 5
 
@@ -687,6 +765,7 @@ def test_json_with_more_than_one_meaning_is_refused(bundle, name, old, new, mess
     if name == METADATA:
         statement = statement_of(bundle)
         statement["subject"][0]["digest"]["sha256"] = hashlib.sha256(data).hexdigest()
+        statement["subject"][0]["annotations"]["size_bytes"] = len(data)
         state(bundle, statement)
     with pytest.raises(BundleError, match=message):
         verify_seal(bundle)
@@ -887,8 +966,19 @@ def test_a_damaged_bundle_is_kept_unless_it_is_to_be_replaced(made, tmp_path):
     assert sealed(made, tmp_path / "b", replace=True).metadata.engine == "ort-fp16"
 
 
-def test_an_unbounded_interval_survives(bundle):
-    finding = next(each for each in verify_seal(bundle).metadata.verdict.findings if each.check == "parity.sqnr_db")
+def test_an_unbounded_interval_survives(made, tmp_path):
+    run, result, _, _ = made
+    unbounded = Finding(
+        check="memory.free_mib",
+        estimate=80.0,
+        interval=Interval(70.0, math.inf),
+        limit=Limit("at_least", 50.0),
+        n=3,
+        evidence=Evidence.HOST,
+    )
+    more = msgspec.structs.replace(result, verdict=Verdict(findings=(*result.verdict.findings, unbounded)))
+    sealed(made, tmp_path / "b", run=msgspec.structs.replace(run, engines=(more,)), result=more)
+    finding = verify_seal(tmp_path / "b").metadata.verdict.findings[-1]
     assert finding.interval.upper == "Infinity"
     assert finding.finding().interval.upper == math.inf
 

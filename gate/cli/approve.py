@@ -61,13 +61,15 @@ def run(args: argparse.Namespace) -> ExitCode:
             "slot": done.slot,
             "verdict": done.verdict_sha256,
             "serial": done.serial,
+            "warnings": list(done.notes),
         }
         print(json.dumps(found, ensure_ascii=False))
         return ExitCode.PASSED
+    notes = "".join(f"   note      {each}\n" for each in done.notes)
     print(
         f"APPROVED  {args.model} for {args.slot}: serial {done.serial}, {done.engine}, by {done.key} as {done.role}\n"
         f"   verdict   sha256 {done.verdict_sha256}\n"
-        f"   written   {done.path}\n"
+        f"   written   {done.path}\n{notes}"
         f"   next      gate verify {pasted(args.bundle)} --policy {pasted(args.policy)} --model {args.model} "
         f"--slot {args.slot}"
     )

@@ -1,4 +1,4 @@
-"""`gate ledger verify | show`: whether it is what was signed, and what was in a slot when."""
+"""`gate ledger verify | show | sign`: whether it is what was signed, what was in a slot when, and a new key for its head."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gate.cli import COMMANDS
+from gate.cli.key import add_key_options, signer_of
 from gate.errors import ExitCode, SpecError
 
 if TYPE_CHECKING:
     from gate.ledger import Ledger
     from gate.release.history import Occupation
+    from gate.trust import PolicyFile
 
 HEADINGS = ("from", "until", "model", "slot", "stage", "engine", "serial", "verdict", "how")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the sub-command and its own two."""
+    """Add the sub-command and its own three."""
     parser = subparsers.add_parser(
-        "ledger", help=COMMANDS["ledger"], description="Verify and show the ledger of promotions.", allow_abbrev=False
+        "ledger",
+        help=COMMANDS["ledger"],
+        description="Verify and show the ledger of promotions, or sign its head with another key.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check = commands.add_parser(
@@ -40,7 +45,17 @@ def add_parser(subparsers: Any) -> None:
     table = commands.add_parser("show", help="what was in each slot when", allow_abbrev=False)
     table.add_argument("--slot", help="only this one")
     table.set_defaults(run=_run_show)
-    for each in (check, table):
+    over = commands.add_parser(
+        "sign",
+        help="sign its head anew, once the key that did is revoked or about to run out",
+        description="Verify the ledger but for whether the key of its head was revoked, show what is signed, and sign it "
+        "with a promoter's key that counts now.",
+        allow_abbrev=False,
+    )
+    over.add_argument("--expect", metavar="SHA256", help="a line that must be in it; else nothing is signed")
+    add_key_options(over)
+    over.set_defaults(run=_run_sign)
+    for each in (check, table, over):
         each.add_argument("--policy", type=Path, required=True, metavar="TRUST.TOML", help="the trust policy")
         each.add_argument("--json", action="store_true", help="print it as JSON")
 
@@ -64,7 +79,7 @@ def _run_verify(args: argparse.Namespace) -> ExitCode:
             "entries": len(ledger.lines),
             "sha256": ledger.lines[-1] if ledger.lines else None,
             "expected_entry": witness,
-            "notes": list(ledger.notes),
+            "warnings": list(ledger.notes),
         }
         print(json.dumps(found, ensure_ascii=False))
         return ExitCode.PASSED
@@ -99,7 +114,7 @@ def _run_show(args: argparse.Namespace) -> ExitCode:
                 for entry, key, digest in zip(ledger.history.entries, ledger.signers, ledger.lines, strict=True)
                 if args.slot in (None, entry.slot) or not entry.slot
             ],
-            "notes": list(ledger.notes),
+            "warnings": list(ledger.notes),
         }
         print(json.dumps(found, ensure_ascii=False))
         return ExitCode.PASSED
@@ -110,6 +125,59 @@ def _run_show(args: argparse.Namespace) -> ExitCode:
     for note in ledger.notes:
         print(f"note: {note}")
     return ExitCode.PASSED
+
+
+def _run_sign(args: argparse.Namespace) -> ExitCode:
+    """Show what is signed, and sign it.
+
+    Raises:
+        LedgerError: It is not what was signed, or lacks the line that is expected.
+        PromotionRefused: There is no ledger yet, or the key may not sign it.
+        SpecError: `--expect` is no SHA-256, or the policy names no ledger.
+        SigningError: The key cannot be used.
+    """
+    from gate.ledger import require_digest, sign_head
+
+    expected = None if args.expect is None else require_digest(args.expect)
+    policy, path = _policy_and_path(args.policy)
+
+    def show(ledger: Ledger) -> None:
+        if expected is not None:
+            ledger.require_line(expected)
+        if not args.json:
+            print("\n".join(_signed_lines(ledger)), flush=True)
+
+    done = sign_head(path, policy, signer_of(args), show=show)
+    if args.json:
+        found = {
+            "ledger": str(done.path),
+            "signed": True,
+            "key": done.head_signer,
+            "entries": len(done.lines),
+            "sha256": done.lines[-1] if done.lines else None,
+            "last": msgspec.to_builtins(done.history.entries[-1]) if done.lines else None,
+            "warnings": list(done.notes),
+        }
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print(f"SIGNED  {done.path} by {done.head_signer}")
+    return ExitCode.PASSED
+
+
+def _signed_lines(ledger: Ledger) -> list[str]:
+    """What a head says, for whoever signs it."""
+    count = len(ledger.lines)
+    rows = [("entries", f"{count}; the head is signed by {ledger.head_signer}")]
+    if count:
+        last = ledger.history.entries[-1]
+        place = (
+            f" {last.stage} of {last.model} / {last.slot}" if last.slot else f" of {last.model or 'a model not known'}"
+        )
+        said = f"{last.time}, {last.action} serial {last.serial}{place}, by {ledger.signers[-1]}: {last.reason or 'no reason'}"
+        rows += [("last", said), ("verdict", f"sha256 {last.verdict}")]
+        rows.append(("witness", f"entry {count - 1}, sha256 {ledger.head}; compare it with the one that you kept"))
+    rows += [("note", each) for each in ledger.notes]
+    return [str(ledger.path), *(f"   {name:<9} {_plain(text)}" for name, text in rows)]
 
 
 def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -154,10 +222,21 @@ def _require_slot(path: Path, slot: str) -> None:
 
 def _read(path: Path) -> Ledger:
     from gate.ledger import read_ledger
+
+    policy, found = _policy_and_path(path)
+    return read_ledger(found, policy)
+
+
+def _policy_and_path(path: Path) -> tuple[PolicyFile, Path]:
+    """The policy and the ledger's file.
+
+    Raises:
+        SpecError: The policy names no ledger.
+    """
     from gate.trust import ledger_path, read_policy
 
     policy = read_policy(path)
     found = ledger_path(policy)
     if found is None:
         raise SpecError("names no ledger", where=str(path), hint='add ledger = "ledger.jsonl" above its first table')
-    return read_ledger(found, policy)
+    return policy, found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> ExitCode:
     return ExitCode.PASSED
 
 
-def told(done: Recorded, title: str, following: str, *, as_json: bool) -> str:
+def told(done: Recorded, title: str, following: str, *, as_json: bool, more: Sequence[tuple[str, str]] = ()) -> str:
     """What was written into the ledger: as JSON, or as a title with the lines below it.
 
     Args:
@@ -94,18 +95,23 @@ def told(done: Recorded, title: str, following: str, *, as_json: bool) -> str:
         title: Says what happened.
         following: What comes next.
         as_json: For scripts.
+        more: Lines of the action's own: a name and a text.
     """
     if as_json:
-        found = {
+        found: dict[str, Any] = {
             "entry": msgspec.to_builtins(done.entry),
             "sha256": done.sha256,
             "key": done.key,
             "ledger": str(done.path),
             "next_stage": None if done.following is None else done.following.name,
-            "notes": list(done.notes),
+            "warnings": list(done.notes),
         }
+        if done.entry.action == "revoke":
+            found["slots"] = done.slots
         return json.dumps(found, ensure_ascii=False)
     rows = [
+        ("verdict", f"sha256 {done.entry.verdict}"),
+        *more,
         ("ledger", f"{done.path}, by {done.key}"),
         ("witness", f"entry {done.entry.index}, sha256 {done.sha256}"),
         *(("note", each) for each in done.notes),

@@ -19,15 +19,21 @@ def add_parser(subparsers: Any) -> None:
         "rollback",
         help=COMMANDS["rollback"],
         description="Take the candidate out of its stage; where there is none, go back to the last good bundle, which is "
-        "verified again. A revoked one never comes back.",
+        "verified again. Where it does not verify, nothing is done. A revoked one never comes back.",
         allow_abbrev=False,
     )
     add_policy_options(parser, required=True)
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--bundle",
         type=Path,
         metavar="DIR",
         help="where the bundle to go back to lies now (left out: where it was promoted from)",
+    )
+    which.add_argument(
+        "--older",
+        action="store_true",
+        help="pass over bundles that do not verify, to the newest before them that does",
     )
     parser.add_argument("--reason", required=True, metavar="TEXT", help="why; it is signed too")
     add_key_options(parser)
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> ExitCode:
     """Find what to go back to, append, and say what is there now.
 
     Raises:
-        PromotionRefused: There is nothing to go back to, or somebody else was first.
+        PromotionRefused: There is nothing to go back to, the last good one does not verify, or somebody else was first.
         LedgerError: The ledger is not what was signed.
         SigningError: The key cannot be used.
     """
@@ -53,6 +59,7 @@ def run(args: argparse.Namespace) -> ExitCode:
         model=args.model,
         slot=args.slot,
         bundle=args.bundle,
+        older=args.older,
         reason=args.reason,
         signer=signer_of(args),
     )

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> ExitCode:
             show(step_line(len(steps), step), sys.stdout)
 
     refused: GateError | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: list[str] = []
     try:
-        warnings = _verified(args, on_step)
+        _verify(args, on_step, warnings)
     except GateError as err:
         if err.exit_code is not ExitCode.REFUSED:
             raise
@@ -83,10 +83,11 @@ def run(args: argparse.Namespace) -> ExitCode:
             "steps": [{"name": step.name, "ok": step.ok, "detail": step.detail} for step in steps],
         }
         print(json.dumps(found, ensure_ascii=False))
-    elif refused is None:
-        notes = "".join(f"   {'note':<11} {warning}\n" for warning in warnings)
+    else:
+        show("".join(f"   {'note':<11} {warning}\n" for warning in warnings), sys.stdout)
+    if not args.json and refused is None:
         more = "" if args.policy else "   who made it is not known: gate verify --policy TRUST.TOML --model … --slot …"
-        show(f"{notes}{word}  {args.bundle}{more}\n", sys.stdout)
+        show(f"{word}  {args.bundle}{more}\n", sys.stdout)
     if refused is None:
         return ExitCode.PASSED
     sys.stdout.flush()
@@ -113,32 +114,34 @@ def _require_options(args: argparse.Namespace) -> None:
         )
 
 
-def _verified(args: argparse.Namespace, on_step: Any) -> tuple[str, ...]:
-    """Verify, with the policy or by itself; what a reader must know although it passed."""
+def _verify(args: argparse.Namespace, on_step: Any, warnings: list[str]) -> None:
+    """Verify, with the policy or by itself; what a reader must know although it passed is added to the warnings."""
     from gate.verdict import Evidence
 
     if args.policy is None:
         from gate.store import verify_seal
 
         needed = None if args.require_evidence is None else Evidence(args.require_evidence)
-        return verify_seal(args.bundle, require_evidence=needed, on_step=on_step).metadata.warnings
+        warnings += verify_seal(args.bundle, require_evidence=needed, on_step=on_step).metadata.warnings
+        return
     from gate.ledger import read_ledger
     from gate.trust import ledger_path, read_policy
     from gate.verification import verify
 
     policy = read_policy(args.policy)
     path = ledger_path(policy)
-    history = None if path is None else read_ledger(path, policy).history
+    ledger = None if path is None else read_ledger(path, policy)
+    warnings += () if ledger is None else ledger.notes
     with verify(
         args.bundle,
         policy=policy,
         model=args.model,
         slot=args.slot,
         stage=args.stage,
-        history=history,
+        history=None if ledger is None else ledger.history,
         on_step=on_step,
     ) as found:
-        return found.warnings
+        warnings += found.warnings
 
 
 def bundles_below(folder: Path) -> tuple[Path, ...]:

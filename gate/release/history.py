@@ -96,6 +96,15 @@ class History:
         """The entry that revoked a verdict."""
         return self._revoked.get(verdict_sha256)
 
+    def let_in(self, verdict_sha256: str, model: str, slot: str, stage: str) -> LedgerEntry | None:
+        """The first entry that promoted a verdict into a stage of a slot, whatever became of it since."""
+        for each in self.entries:
+            if each.action != "promote" or each.verdict != verdict_sha256:
+                continue
+            if (each.model, each.slot, each.stage) == (model, slot, stage):
+                return each
+        return None
+
     def is_in_slot(self, verdict_sha256: str, model: str, slot: str) -> bool:
         """Whether a verdict has a stage of the slot and is not revoked."""
         if verdict_sha256 in self._revoked:
@@ -107,6 +116,29 @@ class History:
         """Every verdict that ever had all of the traffic, by the entry that last brought it there; newest first."""
         state = self._states.get((model, slot))
         return tuple(sorted(state.ever.values(), key=lambda each: -each.index)) if state else ()
+
+    def against(self, verdict: str, *, serial: int, engine: str, model: str, slot: str) -> str | None:
+        """What speaks against letting a verdict in anew, where that is more than that its serial is an old one.
+
+        Args:
+            verdict: Its digest.
+            serial: Its.
+            engine: Its; empty where that is not known.
+            model, slot: Where to.
+        """
+        past = [each for each in _occupations(self, slot) if (each.model, each.verdict) == (model, verdict)]
+        if past and past[-1].ended == "rollback":
+            return f"it was rolled back from {past[-1].stage} on {past[-1].until}: check, seal and promote anew"
+        for each in (self.candidate(model, slot), self.current(model, slot)):
+            if each is None or each.verdict == verdict or each.serial != serial:
+                continue
+            if engine in ("", each.engine):
+                return f"serial {serial} is that of another verdict on {each.engine}, which is in the slot: give a higher serial"
+            return (
+                f"serial {serial} is that of {each.engine}, which is in the slot: one engine is in a slot at a time; "
+                "use a slot for each engine, or a higher serial"
+            )
+        return None
 
     def places_of(self, verdict_sha256: str) -> tuple[LedgerEntry, ...]:
         """The entries that brought a verdict to where it is now, in any slot; revoked or not."""
@@ -192,6 +224,7 @@ def may_enter(
     serial: int,
     now: str,
     requests: int | None,
+    engine: str = "",
 ) -> None:
     """Decide whether a verdict may be promoted into a stage; what the bundle itself must have is not looked at here.
 
@@ -203,6 +236,7 @@ def may_enter(
         serial: The verdict's.
         now: Time, as in the ledger.
         requests: Served in the stage that it leaves, as the promoter says.
+        engine: The verdict's, for the message.
 
     Raises:
         PromotionRefused: It is revoked or there already, another bundle is in a stage, a stage would be skipped, it
@@ -237,7 +271,8 @@ def may_enter(
             hint=f"gate promote ... --stage {following.name}",
         )
     if candidate is None:
-        _require_new(history, model=model, slot=slot, serial=serial, requests=requests)
+        against = history.against(verdict, serial=serial, engine=engine, model=model, slot=slot)
+        _require_new(history, model=model, slot=slot, serial=serial, requests=requests, against=against)
     else:
         _require_served(candidate, stages[names.index(candidate.stage)], now=now, requests=requests)
 
@@ -269,10 +304,14 @@ def moment(text: str) -> dt.datetime:
         raise LedgerError(f"{text!r} is no time: {err}") from err
 
 
-def _require_new(history: History, *, model: str, slot: str, serial: int, requests: int | None) -> None:
+def _require_new(
+    history: History, *, model: str, slot: str, serial: int, requests: int | None, against: str | None
+) -> None:
     where = _place(model, slot)
     last = history.last_serial(model, slot)
     if last is not None and serial <= last:
+        if against is not None:
+            raise PromotionRefused(against, where=where)
         raise PromotionRefused(
             f"its serial {serial} is not above {last}, the highest that was let in",
             where=where,

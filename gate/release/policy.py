@@ -52,6 +52,8 @@ GATE = "gate"
 PROMOTER = "promoter"
 """The role that signs the ledger."""
 
+ModelName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*(?!\\n)$", max_length=100)]
+"""As [model] id in a spec."""
 Moment = Timestamp
 """A TOML date (midnight, UTC) or a date and time with its offset, in UTC once it is read: `2026-11-21T10:00:00Z`."""
 Days = Annotated[float, msgspec.Meta(gt=0, le=36500)]
@@ -171,7 +173,7 @@ class TrustPolicy(_Table, frozen=True):
 
     schema: Literal[1]
     key: Annotated[tuple[TrustedKey, ...], msgspec.Meta(min_length=1)]
-    model: Annotated[dict[SlotName, ModelPins], msgspec.Meta(min_length=1)]
+    model: Annotated[dict[ModelName, ModelPins], msgspec.Meta(min_length=1)]
     slot: Annotated[dict[SlotName, SlotPolicy], msgspec.Meta(min_length=1)]
     ledger: str | None = None
 
@@ -501,7 +503,7 @@ def _slot_contradictions(
 def _approval_contradictions(
     policy: TrustPolicy, at: KeyPath, what: str, approvals: dict[str, int]
 ) -> Iterator[tuple[KeyPath, str]]:
-    """Approvals by a role that does not approve, or that too few keys have.
+    """Approvals by a role that does not approve, or that too few owners have a key of.
 
     A key that is revoked counts among them: revoking one must not make the policy unreadable.
     """
@@ -511,10 +513,12 @@ def _approval_contradictions(
             yield key, f"{what} asks for approvals by role {role!r}, which approves nothing"
             continue
         holders = [each.name for each in policy.key if role in each.roles]
-        if len(holders) < count:
+        owners = {" ".join(each.owner.casefold().split()) for each in policy.key if role in each.roles}
+        if len(owners) < count:
             roles = sorted({role for each in policy.key for role in each.roles} - {GATE, PROMOTER})
             have = f"{len(holders)} ({', '.join(holders)})" if holders else f"none{did_you_mean(role, roles)}"
-            yield key, f"{what} asks for {count} approvals by role {role!r}; keys that have it: {have}"
+            one = " of one owner, who counts once" if len(owners) < len(holders) == count else ""
+            yield key, f"{what} asks for {count} approvals by role {role!r}; keys that have it: {have}{one}"
 
 
 def _documented(struct: type[msgspec.Struct]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,10 @@ class Accepted(Protocol):
 
     def is_in_slot(self, verdict: str, model: str, slot: str) -> bool:
         """Whether it is there now, with some or all of the traffic."""
+        ...
+
+    def against(self, verdict: str, *, serial: int, engine: str, model: str, slot: str) -> str | None:
+        """What else than the age of its serial speaks against letting it in anew."""
         ...
 
 
@@ -182,6 +187,9 @@ def require_fresh(
     if accepted.is_in_slot(verdict, model, slot):
         return f"serial {said.serial}, in the slot already, {valid}"
     if last is not None and said.serial <= last:
+        why = accepted.against(verdict, serial=said.serial, engine=said.engine, model=model, slot=slot)
+        if why is not None:
+            raise StaleVerdict(why)
         raise StaleVerdict(
             f"its serial is {said.serial}, {last} was accepted before: an older verdict is not let in again",
             hint="Seal again with a higher serial; to go back to what was there: gate rollback",
@@ -203,31 +211,61 @@ def require_unrevoked(verdict: str, accepted: Accepted | None) -> None:
 
 
 def tally(votes: Sequence[Vote], needed: Mapping[str, int]) -> Tally:
-    """Count approvals: one for each owner, whatever keys and roles they have.
+    """Count approvals: one for each owner, whatever keys and roles they have, so that as many as can be are found.
 
     Args:
         votes: Each approval in the bundle.
         needed: How many of each role.
     """
-    counted: list[CountedApproval] = []
-    by_role: dict[str, list[str]] = {role: [] for role in needed}
-    owners: dict[str, str] = {}
     left_out: list[str] = []
+    by_owner: dict[str, dict[str, Vote]] = {}
     for vote in votes:
         against = vote.against
         if not against and vote.role not in needed:
             against = f"role {vote.role} is not asked for"
-        elif not against and vote.owner in owners:
-            against = f"{vote.owner} has approved with key {owners[vote.owner]} already"
         if against:
             left_out.append(f"{vote.path.rpartition('/')[2]}: {against}")
             continue
-        owners[vote.owner] = vote.key
-        by_role[vote.role].append(vote.key)
-        counted.append(CountedApproval(vote.key, vote.role))
+        by_owner.setdefault(person(vote.owner), {}).setdefault(vote.role, vote)
+    role_of = _matched({owner: tuple(roles) for owner, roles in by_owner.items()}, needed)
+    chosen = {owner: roles[role_of[owner]] for owner, roles in by_owner.items()}
+    for vote in votes:
+        mine = chosen.get(person(vote.owner))
+        if not vote.against and vote.role in needed and mine is not None and mine is not vote:
+            left_out.append(f"{vote.path.rpartition('/')[2]}: {vote.owner} has approved with key {mine.key} already")
+    counted = tuple(CountedApproval(vote.key, vote.role) for vote in votes if vote in chosen.values())
+    by_role = {role: [each.key for each in counted if each.role == role] for role in needed}
     missing = {role: count - len(by_role[role]) for role, count in needed.items() if len(by_role[role]) < count}
     parts = [_count(by_role[role], count, role) for role, count in needed.items()] or ["none asked for"]
-    return Tally(tuple(counted), missing, "; ".join([*parts, *(f"not counted: {each}" for each in left_out)]))
+    return Tally(counted, missing, "; ".join([*parts, *(f"not counted: {each}" for each in left_out)]))
+
+
+def person(owner: str) -> str:
+    """An owner's name without what two writings of it differ in: case, spaces, Unicode forms."""
+    return " ".join(unicodedata.normalize("NFKC", owner).casefold().split())
+
+
+def _matched(roles: Mapping[str, Sequence[str]], needed: Mapping[str, int]) -> dict[str, str]:
+    """One role for each owner, so that the most places are filled; who finds none free is one more of the first role.
+
+    Source: augmenting paths (Kuhn), on owners and the places of roles.
+    """
+    places = [(role, number) for role, count in needed.items() for number in range(count)]
+    taken: dict[tuple[str, int], str] = {}
+
+    def place(owner: str, seen: set[tuple[str, int]]) -> bool:
+        for each in places:
+            if each[0] in roles[owner] and each not in seen:
+                seen.add(each)
+                if each not in taken or place(taken[each], seen):
+                    taken[each] = owner
+                    return True
+        return False
+
+    for owner in roles:
+        place(owner, set())
+    found = {owner: each[0] for each, owner in taken.items()}
+    return {owner: found.get(owner, own[0]) for owner, own in roles.items()}
 
 
 def _count(names: Sequence[str], needed: int, role: str) -> str:

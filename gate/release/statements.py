@@ -230,12 +230,12 @@ class LedgerHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The last line of a ledger, signed beside it, so that lines cannot be cut off unseen.
 
     Args:
-        entries: How many there are.
-        last: SHA-256 of the last line, its newline included.
+        entries: How many there are; 0 before the first is written.
+        last: SHA-256 of the last line, its newline included; 64 zeros where there is none.
     """
 
     schema_version: Literal[1] = 1
-    entries: Annotated[int, msgspec.Meta(ge=1)]
+    entries: Annotated[int, msgspec.Meta(ge=0)]
     last: Sha256
 
 

@@ -2,17 +2,19 @@
 
 import datetime as dt
 import json
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 import msgspec
 import pytest
 
 from gate.cli.main import main
-from gate.manifest import sha256_hex
+from gate.manifest import canonical_json, sha256_hex
 from gate.results import run_from_builtins
 from gate.signing import new_key, open_signer
 from gate.store import Release, seal
@@ -148,7 +150,9 @@ def test_rollback_and_revoke_say_what_happened_and_what_is_next(gate):
         assert gate("promote", bundle, *at("staging"), key="pam").code == 0
     revoked = gate("revoke", "b2", "--policy", "trust.toml", "--reason", "wrong labels", key="pam")
     assert revoked.code == 0, revoked.err
-    assert "REVOKED  digits-cnn: serial 2" in revoked.out
+    assert "REVOKED  digits-cnn: serial 2, ort-fp16\n" in revoked.out
+    assert re.search("^   verdict   sha256 [0-9a-f]{64}$", revoked.out, re.MULTILINE)
+    assert "   slots     production, staging\n" in revoked.out
     assert "gate rollback --policy trust.toml --model digits-cnn --slot staging" in revoked.out
     back = gate("rollback", *at("staging"), "--reason", "wrong labels", key="pam")
     assert back.code == 0, back.err
@@ -160,6 +164,133 @@ def test_rollback_and_revoke_say_what_happened_and_what_is_next(gate):
     assert refused.code == 4
     assert "revoked" in refused.err
     assert gate("rollback", *at("staging"), "--reason", "again", key="pam").code == 4
+
+
+def test_a_verdict_that_nobody_knows_is_revoked_by_its_digest_and_said_to_be_unknown(gate):
+    done = gate("revoke", "a" * 64, "--policy", "trust.toml", "--reason", "leaked", key="pam")
+    assert done.code == 0, done.err
+    assert done.out.startswith("REVOKED  model not known: serial and engine not known\n")
+    assert f"   verdict   sha256 {'a' * 64}\n   slots     not known\n" in done.out
+    assert "   note      the ledger does not know this verdict" in done.out
+
+
+def test_a_bundle_whose_verdict_nobody_signed_is_not_revoked(gate):
+    path = Path("b1/seals/verdict.dsse.json")
+    path.write_bytes(canonical_json({**json.loads(path.read_bytes()), "signatures": []}))
+    done = gate("revoke", "b1", "--policy", "trust.toml", "--reason", "leaked", key="pam")
+    assert done.code == 4
+    assert "b1/seals/verdict.dsse.json: nobody signed the verdict" in done.err
+    assert "gate revoke SHA256 --policy trust.toml" in done.err
+    assert not Path("ledger.jsonl").exists()
+
+
+def test_a_rollback_names_what_is_wrong_with_the_last_good_one_and_how_to_go_on(gate):
+    for bundle in ("b1", "b2", "b3"):
+        assert gate("promote", bundle, *at("staging"), key="pam").code == 0
+    Path("b2/artifacts/model.onnx").write_bytes(b"x")
+    refused = gate("rollback", *at("staging"), "--reason", "r", key="pam")
+    assert refused.code == 4
+    assert "b2/artifacts/model.onnx" in refused.err
+    assert "--older" in refused.err
+    back = gate("rollback", *at("staging"), "--reason", "r", "--older", key="pam")
+    assert back.code == 0, back.err
+    assert "serial 1, ort-fp16 has all of the traffic again" in back.out
+    assert "   note      passed over serial 2, " in back.out
+    with pytest.raises(SystemExit, match="2"):
+        gate("rollback", *at("staging"), "--reason", "r", "--older", "--bundle", "b1", key="pam")
+
+
+def policy_with(key, more):
+    """The policy with a line more for a key."""
+    path = Path("trust.toml")
+    path.write_text(path.read_text().replace(f'name = "{key}"\n', f'name = "{key}"\n{more}\n', 1))
+
+
+def second_promoter():
+    """Ada becomes a promoter beside Pam."""
+    text = Path("trust.toml").read_text()
+    before, name, after = text.partition('name = "ada"\n')
+    Path("trust.toml").write_text(before + name + after.replace('["release"]', '["release", "promoter"]', 1))
+
+
+def test_a_ledger_of_a_revoked_promoter_is_taken_over_by_another(gate):
+    second_promoter()
+    gate("promote", "b1", *at("staging"), key="pam")
+    kept = json.loads(gate("promote", "b2", *at("staging"), "--json", key="pam").out)["sha256"]
+    policy_with("pam", 'revoked = 2099-01-01\nreason = "stolen"')
+    assert gate("ledger", "verify", "--policy", "trust.toml").code == 0
+    lines = Path("ledger.jsonl").read_bytes()
+    time = json.loads(gate("ledger", "show", "--policy", "trust.toml", "--json").out)["entries"][-1]["time"]
+    second = dt.datetime.fromisoformat(time.replace("Z", "+00:00")) + dt.timedelta(seconds=1)
+    policy = Path("trust.toml").read_text()
+    Path("trust.toml").write_text(policy.replace("2099-01-01", second.strftime("%Y-%m-%dT%H:%M:%SZ")))
+    while dt.datetime.now(dt.timezone.utc) < second:
+        sleep(0.05)
+    for words in (
+        ("ledger", "verify"),
+        ("ledger", "show"),
+        ("verify", "b2", "--model", "digits-cnn", "--slot", "staging"),
+    ):
+        refused = gate(*words, "--policy", "trust.toml")
+        assert refused.code == 4, words
+        assert "gate ledger sign --policy trust.toml --key KEY" in refused.err
+    head = Path("ledger.jsonl.head").read_bytes()
+    for more, key, code in (((), "pam", 4), (("--expect", "a" * 64), "ada", 4), (("--expect", "x"), "ada", 2)):
+        assert gate("ledger", "sign", "--policy", "trust.toml", *more, key=key).code == code
+        assert Path("ledger.jsonl.head").read_bytes() == head
+    done = gate("ledger", "sign", "--policy", "trust.toml", "--expect", kept, key="ada")
+    assert done.code == 0, done.err
+    assert "entries   2; the head is signed by pam" in done.out
+    assert "promote serial 2 full of digits-cnn / staging, by pam: no reason" in done.out
+    assert f"entry 1, sha256 {kept}; compare it" in done.out
+    assert done.out.endswith("SIGNED  ledger.jsonl by ada\n")
+    assert gate("ledger", "verify", "--policy", "trust.toml", "--expect", kept).code == 0
+    assert Path("ledger.jsonl").read_bytes() == lines
+    assert json.loads(gate("ledger", "sign", "--policy", "trust.toml", "--json", key="ada").out)["signed"] is True
+
+
+def test_there_is_nothing_to_sign_before_the_first_entry(gate):
+    refused = gate("ledger", "sign", "--policy", "trust.toml", key="pam")
+    assert refused.code == 4
+    assert "there is no ledger yet" in refused.err
+
+
+def test_every_command_tells_what_a_writer_that_was_stopped_left(gate):
+    gate("promote", "b1", *at("staging"), key="pam")
+    kept = Path("ledger.jsonl").read_bytes()
+
+    def torn():
+        Path("ledger.jsonl").write_bytes(kept + b'{"payload"')
+
+    for words, key in (
+        (("verify", "b1", *at("staging")), None),
+        (("verify", "b3", *at("production")), None),
+        (("ledger", "verify", "--policy", "trust.toml"), None),
+        (("ledger", "show", "--policy", "trust.toml"), None),
+        (("ledger", "sign", "--policy", "trust.toml"), "pam"),
+        (("approve", "b2", *at("production")), "ada"),
+        (("revoke", "b3", "--policy", "trust.toml", "--reason", "r"), "pam"),
+    ):
+        torn()
+        told = gate(*words, key=key).out
+        assert re.search("^ *note:? .*line 2 is torn", told, re.MULTILINE), words
+    Path("ledger.jsonl").unlink()
+    Path("ledger.jsonl.head").unlink()
+    gate("promote", "b1", *at("staging"), key="pam")
+    kept = Path("ledger.jsonl").read_bytes()
+    for path in Path("b2/seals").glob("approval-*"):
+        path.unlink()
+    for words, key in (
+        (("verify", "b1", *at("staging")), None),
+        (("verify", "b3", *at("production")), None),
+        (("ledger", "verify", "--policy", "trust.toml"), None),
+        (("ledger", "show", "--policy", "trust.toml"), None),
+        (("ledger", "sign", "--policy", "trust.toml"), "pam"),
+        (("approve", "b2", *at("production")), "ada"),
+        (("promote", "b2", *at("staging")), "pam"),
+    ):
+        torn()
+        assert any("line 2 is torn" in each for each in json.loads(gate(*words, "--json", key=key).out)["warnings"])
 
 
 def test_the_ledger_is_verified_with_a_line_that_was_kept_elsewhere(gate, tmp_path):
@@ -211,7 +342,7 @@ def test_json_is_one_object_on_one_line(gate):
     revoked = json.loads(
         gate("revoke", promoted["entry"]["verdict"], "--policy", "trust.toml", "--reason", "r", "--json", key="pam").out
     )
-    assert revoked["entry"]["action"] == "revoke"
+    assert (revoked["entry"]["action"], revoked["slots"]) == ("revoke", ["production"])
     shown = json.loads(gate("ledger", "show", "--policy", "trust.toml", "--json").out)
     assert [each["stage"] for each in shown["occupations"]] == ["canary"]
     assert [each["action"] for each in shown["entries"]] == ["promote", "rollback", "revoke"]

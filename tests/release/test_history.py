@@ -273,14 +273,14 @@ def test_a_serial_has_to_be_above_every_one_that_was_let_in():
     there = history(entry("promote", B))
     with pytest.raises(PromotionRefused, match="its serial 1 is not above 2"):
         enter(there, A, "shadow")
-    with pytest.raises(PromotionRefused, match="its serial 2 is not above 2"):
+    with pytest.raises(PromotionRefused, match="serial 2 is that of another verdict on trt-fp16, which is in the slot"):
         enter(there, C, "shadow", serial=2)
     enter(there, C, "shadow")
 
 
 def test_a_candidate_that_was_dropped_does_not_come_back():
     there = history(entry("promote", A, "shadow"), entry("rollback", A, "shadow"))
-    with pytest.raises(PromotionRefused, match="its serial 1 is not above 1"):
+    with pytest.raises(PromotionRefused, match="it was rolled back from shadow on .*: check, seal and promote anew"):
         enter(there, A, "shadow")
 
 
@@ -356,3 +356,46 @@ def test_whatever_is_written_a_revoked_verdict_never_arrives_and_the_table_ends_
     current, candidate = where(found)
     assert open_rows == {(v, f) for v, f in ((current, True), (candidate, False)) if v is not None}
     assert not {each.verdict for each in rollback_targets(found, "detector", "production")} & {*dead, current}
+
+
+def test_another_engine_with_the_serial_of_the_one_in_the_slot_is_told_so():
+    there = history(entry("promote", B))
+    asked = {"model": "detector", "slot": "production"}
+    assert there.against(A, serial=2, engine="ort", **asked) == (
+        "serial 2 is that of trt-fp16, which is in the slot: one engine is in a slot at a time; use a slot for each "
+        "engine, or a higher serial"
+    )
+    assert "another verdict on trt-fp16" in there.against(A, serial=2, engine="trt-fp16", **asked)
+    assert there.against(A, serial=1, engine="ort", **asked) is None
+    assert there.against(B, serial=2, engine="trt-fp16", **asked) is None
+    assert there.against(A, serial=2, engine="ort", model="detector", slot="staging") is None
+
+
+def test_what_was_rolled_back_from_is_told_so_and_what_was_replaced_is_not():
+    found = history(
+        entry("promote", A), entry("promote", B), entry("promote", C, "shadow"), entry("rollback", C, "shadow")
+    )
+    asked = {"engine": "trt-fp16", "model": "detector", "slot": "production"}
+    assert found.against(C, serial=3, **asked) == (
+        "it was rolled back from shadow on 2026-11-21T10:03:00Z: check, seal and promote anew"
+    )
+    assert found.against(A, serial=1, **asked) is None
+    assert found.against(C, serial=3, engine="trt-fp16", model="other", slot="production") is None
+
+
+def test_the_first_promotion_into_a_stage_is_when_it_was_let_in():
+    found = history(
+        entry("promote", A, "shadow"),
+        entry("promote", A),
+        entry("promote", B),
+        entry("rollback", A),
+        entry("revoke", A),
+    )
+    assert found.let_in(A, "detector", "production", "full").index == 1
+    assert found.let_in(A, "detector", "production", "shadow").index == 0
+    for other in (
+        (B, "detector", "production", "shadow"),
+        (A, "detector", "staging", "full"),
+        (A, "other", "production", "full"),
+    ):
+        assert found.let_in(*other) is None

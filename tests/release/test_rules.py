@@ -49,8 +49,8 @@ def identity(said=None, **changes):
 class Ledger:
     """What a ledger says, given."""
 
-    def __init__(self, *, last=None, revoked=False, in_slot=False):
-        self.last, self.is_revoked, self.in_slot = last, revoked, in_slot
+    def __init__(self, *, last=None, revoked=False, in_slot=False, dropped=False):
+        self.last, self.is_revoked, self.in_slot, self.dropped = last, revoked, in_slot, dropped
 
     def last_serial(self, model, slot):
         return self.last if (model, slot) == ("detector", "production") else None
@@ -63,6 +63,9 @@ class Ledger:
             verdict=verdict, serial=118, engine="trt-fp16", engine_sha256="2" * 64, bundle="", policy_sha256="4" * 64,
             approvals=(), requests=None, reason="wrong boxes",
         )  # fmt: skip
+
+    def against(self, verdict, *, serial, engine, model, slot):
+        return "it was rolled back from full on 2026-11-20" if self.dropped else None
 
     def is_in_slot(self, verdict, model, slot):
         return self.in_slot and (verdict, model, slot) == (VERDICT, "detector", "production")
@@ -135,6 +138,11 @@ def test_a_serial_that_is_not_above_the_last_is_refused(last):
         fresh(accepted=Ledger(last=last))
 
 
+def test_what_speaks_against_a_verdict_beside_its_serial_is_said_first():
+    with pytest.raises(StaleVerdict, match="it was rolled back from full on 2026-11-20"):
+        fresh(accepted=Ledger(last=118, dropped=True))
+
+
 def test_an_expired_verdict_is_refused_from_its_very_end_on():
     assert fresh(now="2026-12-20T11:59:59Z")
     for now in ("2026-12-20T12:00:00Z", "2027-01-01T00:00:00Z"):
@@ -194,6 +202,28 @@ def test_two_keys_of_one_owner_count_once():
 def test_one_owner_does_not_fill_two_roles():
     both = [ADA, changed(ADA, path="seals/approval-8.dsse.json", key="ada-2", role="safety")]
     assert dict(tally(both, {"release": 1, "safety": 1}).missing) == {"safety": 1}
+
+
+def test_owners_that_are_written_in_two_ways_are_one():
+    for other in ("ada", "Ada ", " ADA", "\uff21da"):
+        both = [ADA, changed(ADA, path="seals/approval-9.dsse.json", key="ada-2", owner=other)]
+        assert dict(tally(both, {"release": 2}).missing) == {"release": 1}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_as_many_places_are_filled_as_can_be_whatever_the_order_of_the_files(turned):
+    ada_safety = changed(ADA, path="seals/approval-4.dsse.json", key="ada-2", role="safety")
+    votes = [ADA, ada_safety, GRACE]
+    found = tally(votes[::-1] if turned else votes, {"release": 1, "safety": 1})
+    assert not found.missing
+    assert {(each.key, each.role) for each in found.counted} == {("grace", "release"), ("ada-2", "safety")}
+    more = [*votes, LIN]
+    assert not tally(more, {"release": 2, "safety": 1}).missing
+    assert sum(tally(more, {"release": 2, "safety": 2}).missing.values()) == 1
+
+
+def test_more_approvals_than_are_asked_for_are_all_named():
+    assert tally([ADA, GRACE], {"release": 1}).text == "2 of 1 release (ada, grace)"
 
 
 def test_what_does_not_count_is_named_with_its_reason():

@@ -31,12 +31,14 @@ from gate.manifest import canonical_json, pretty_json, sha256_hex
 from gate.release.statements import (
     IN_TOTO,
     LEDGER_ENTRY,
+    LEDGER_HEAD,
     ApprovalPredicate,
     ApprovalStatement,
     ApprovedVerdict,
     CountedApproval,
     Envelope,
     LedgerEntry,
+    LedgerHead,
     Signed,
     SubjectDigest,
     payload_of,
@@ -1274,7 +1276,7 @@ def _fresh(good: Files) -> list[Artefact]:
         _made(
             "same-serial",
             "Another verdict has the serial of the one in the slot.",
-            "its serial is 20, 20 was accepted before",
+            "serial 20 is that of another verdict on ort-fp16, which is in the slot",
             good,
             _restated(good, predicate={"serial": 20}),
         ),
@@ -1409,6 +1411,12 @@ def _ledgers(good: Files) -> list[Artefact]:
         root = Path(name)
         older = _ledger(root, good[TRUST], _earlier()[:2])
         other = _ledger(root, good[TRUST], ({**_earlier()[0], "reason": "something else"}, *_earlier()[1:]))
+        one = _ledger(root, good[TRUST], _earlier()[:1])
+    last = sha256_hex(lines[2])
+    taken_over = signer("promoter-second").sign(payload_of(LedgerHead(entries=3, last=last)), LEDGER_HEAD).to_bytes()
+    gone = good[TRUST].replace(
+        b'name        = "promoter"\n', b'name        = "promoter"\nrevoked     = 2026-01-04\nreason      = "stolen"\n'
+    )
     raw = json.loads(lines[1])
     payload = base64.b64decode(raw["payload"])
     by_ada = signer("ada").sign(payload, LEDGER_ENTRY).to_bytes()
@@ -1453,6 +1461,36 @@ def _ledgers(good: Files) -> list[Artefact]:
             good[LEDGER][:-100],
         ),
         made("emptied", "The ledger is empty.", "lines were cut off at the end", b""),
+        _made(
+            "ledger-of-one-line-emptied",
+            "The only entry was cut off.",
+            "has 0 whole lines, and its head says 1: lines were cut off at the end",
+            good,
+            {**good, **one, LEDGER: b""},
+            command=LEDGER_VERIFY,
+        ),
+        _made(
+            "ledger-head-by-a-revoked-key",
+            "The key that signed the head was revoked since.",
+            (
+                "its head is signed by promoter, whose key was revoked on 2026-01-04: stolen",
+                "gate ledger sign --policy",
+            ),
+            good,
+            {**good, TRUST: gone},
+            command=LEDGER_VERIFY,
+        ),
+        _made(
+            "ledger-line-added-by-a-revoked-key",
+            "Another promoter took the ledger over, and with the revoked key a line of before was added.",
+            (
+                "ledger.jsonl:4",
+                "line 4, which the head does not know yet, is signed by promoter, whose key was revoked",
+            ),
+            good,
+            {**good, TRUST: gone, head: taken_over},
+            command=LEDGER_VERIFY,
+        ),
         made(
             "removed",
             "The ledger is gone, its head is there.",

@@ -304,9 +304,9 @@ RACE = """
     barrier = context.Barrier(2)
     append = gate.promotion.append
 
-    def together(*arguments):
+    def together(*arguments, **more):
         barrier.wait(30)
-        return append(*arguments)
+        return append(*arguments, **more)
 
     def run(name, arguments):
         for descriptor, suffix in ((1, "out"), (2, "err")):
@@ -352,6 +352,7 @@ KILLED = """
     import contextlib, io, os, shutil, signal, sys
     from pathlib import Path
     from gate.cli.main import main
+    from gate.ledger import read_ledger
     from gate.trust import read_policy
     from gate.verification import verify
     from tests.withstand import release_artefacts as made
@@ -395,7 +396,9 @@ KILLED = """
             there = (case / "sealed").exists()
             if there:
                 policy = read_policy(case / "release/trust.toml")
-                verify(case / "sealed", policy=policy, model=made.MODEL, slot=made.SLOT, approvals=False).close()
+                history = read_ledger(case / "release/ledger.jsonl", policy).history
+                verify(case / "sealed", policy=policy, model=made.MODEL, slot=made.SLOT, history=history,
+                       approvals=False).close()
             return there
         if what == "approve":
             code, text = called(*made.VERIFY)
