@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _TEMPORARY = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{16}")
 _CHUNK_BYTES = 256 * 1024
+_REPLACED = 100
+"""How often a file may be replaced by another while it is opened."""
 _BUFFERS = 8
 """Chunks that may wait to be written while the next ones are hashed."""
 _DISK_ERRORS = frozenset(
@@ -163,23 +165,29 @@ def open_regular(path: Path, *, single_link: bool = False) -> BinaryIO:
     Raises:
         BundleError: It is missing, a link, a folder, a pipe or a device, or has several hard links.
     """
+    for _ in range(_REPLACED):
+        file = _open(path)
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(file)
+            raise BundleError("is not a regular file", where=str(path))
+        if not single_link or status.st_nlink == 1:
+            return os.fdopen(file, "rb")
+        os.close(file)
+        # None at all: another file took its name since it was opened, as `write_bytes` does it.
+        if status.st_nlink > 1:
+            raise BundleError(f"has {status.st_nlink} hard links, may have 1", where=str(path))
+    raise BundleError(f"was replaced {_REPLACED} times while it was opened", where=str(path))
+
+
+def _open(path: Path) -> int:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise BundleError("is missing", where=str(path)) from None
     except OSError as err:
         what = "is a symbolic link" if err.errno == errno.ELOOP else f"cannot be opened: {err.strerror}"
         raise BundleError(what, where=str(path)) from err
-    status = os.fstat(file)
-    wrong = None
-    if not stat.S_ISREG(status.st_mode):
-        wrong = "is not a regular file"
-    elif single_link and status.st_nlink != 1:
-        wrong = f"has {status.st_nlink} hard links, may have 1"
-    if wrong is not None:
-        os.close(file)
-        raise BundleError(wrong, where=str(path))
-    return os.fdopen(file, "rb")
 
 
 def read_regular(path: Path, *, limit_bytes: int, single_link: bool = False) -> bytes:

@@ -288,3 +288,41 @@ def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert atomic.digest_of_file(tmp_path / "file").sha256.startswith("ba7816bf")
     assert atomic.digest_of_file(tmp_path / "file").size_bytes == 3
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_as_it_is_then(tmp_path, monkeypatch):
+    path = tmp_path / "head"
+    atomic.write_bytes(path, b"0")
+    opened = os.open
+    left = [3]
+
+    def replaced(name, *rest, **options):
+        file = opened(name, *rest, **options)
+        if Path(name) == path and left[0]:
+            left[0] -= 1
+            other = tmp_path / "other"
+            other.write_bytes(str(3 - left[0]).encode())
+            other.replace(path)
+        return file
+
+    monkeypatch.setattr(os, "open", replaced)
+    with atomic.open_regular(path, single_link=True) as stream:
+        assert stream.read() == b"3"
+
+
+def test_a_file_that_is_replaced_without_end_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "head"
+    path.write_bytes(b"")
+    opened = os.open
+
+    def gone(name, *rest, **options):
+        file = opened(name, *rest, **options)
+        if Path(name) == path:
+            other = tmp_path / "other"
+            other.touch()
+            other.replace(path)
+        return file
+
+    monkeypatch.setattr(os, "open", gone)
+    with pytest.raises(BundleError, match="was replaced 100 times while it was opened"):
+        atomic.open_regular(path, single_link=True)
