@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gate import atomic
-from gate.errors import BaselineError, BundleError, IdentityMismatch, SpecError
+from gate.errors import BaselineError, BundleError, IdentityMismatch, SpecError, VerificationError
 from gate.manifest import MAX_JSON_BYTES, sha256_hex
 from gate.release.policy import Pins, TrustedKey, TrustPolicy, is_digest, policy_from_text
 from gate.signing import PublicKey, public_key
@@ -46,10 +46,6 @@ class PolicyFile:
     keys: Mapping[str, Trusted]
     text: str = field(default="", repr=False)
 
-    def with_role(self, role: str) -> tuple[Trusted, ...]:
-        """The keys that have a role, in the file's order; valid now or not."""
-        return tuple(each for each in self.keys.values() if role in each.entry.roles)
-
     def location(self, *key: str | int) -> str:
         """`trust.toml:12` for a key such as `"slot", "production", "approvals"`; the nearest parent's if absent."""
         return f"{self.path}:{line_of(self.text, key)}"
@@ -74,12 +70,13 @@ def read_policy(path: Path) -> PolicyFile:
     """Read and check a trust policy.
 
     Raises:
-        SpecError: It is missing, no regular file, longer than 1 MiB, inside a bundle, malformed, contradicts itself, has
-            a key that is none, or one key under two names; with file and line.
+        SpecError: It is missing, no regular file, longer than 1 MiB, malformed, contradicts itself, or has a key that is
+            none; with file and line.
+        VerificationError: It would let in what nobody meant: it lies inside a bundle, or has one key under two names.
     """
     inside = _bundle_around(path)
     if inside is not None:
-        raise SpecError(
+        raise VerificationError(
             f"lies inside the bundle {inside}: whoever hands over a bundle would say whom to trust",
             where=str(path),
             hint="keep the trust policy where only its owners can write, and give that: --policy release/trust.toml",
@@ -92,16 +89,17 @@ def read_policy(path: Path) -> PolicyFile:
     policy = policy_from_text(text, path=path)
     keys: dict[str, Trusted] = {}
     for index, entry in enumerate(policy.key):
+        where = f"{path}:{line_of(text, ('key', index, 'public'))}"
         try:
-            public = public_key(entry.public, where=str(path))
-            if public.keyid in keys:
-                raise SpecError(
-                    f"is the key of {keys[public.keyid].entry.name!r} too, so one key would count as two",
-                    hint="let each person make a key of their own: gate key new",
-                )
+            public = public_key(entry.public, where=where)
         except SpecError as err:
-            where = f"{path}:{line_of(text, ('key', index, 'public'))}"
             raise SpecError(f"key {entry.name!r}: {err.message}", where=where, hint=err.hint) from err
+        if public.keyid in keys:
+            raise VerificationError(
+                f"key {entry.name!r}: is the key of {keys[public.keyid].entry.name!r} too, so one key would count as two",
+                where=where,
+                hint="let each person make a key of their own: gate key new",
+            )
         keys[public.keyid] = Trusted(entry=entry, public=public)
     return PolicyFile(path=path, sha256=sha256_hex(data), policy=policy, keys=MappingProxyType(keys), text=text)
 

@@ -301,13 +301,13 @@ class _Asked:
         Raises:
             StaleVerdict: The ledger has none.
         """
-        digest, there = check.verdict_sha256, () if self.history is None else self.history.entries
-        # All of the traffic is all of it, whatever the policy calls its last stage by now.
         is_last = self.needed.stage == self.policy.policy.slot[self.slot].stage[-1].name
-        for each in there:
-            same = (each.action, each.verdict, each.model, each.slot) == ("promote", digest, self.model, self.slot)
-            if same and (each.stage == self.stage or (is_last and each.full)):
-                return each
+        if self.history is not None:
+            entry = self.history.let_in(
+                check.verdict_sha256, model=self.model, slot=self.slot, stage=self.stage, is_last=is_last
+            )
+            if entry is not None:
+                return entry
         raise StaleVerdict(
             f"by the ledger it was never let into {self.slot}{f', {self.stage}' if self.stage else ''}",
             where=check.where(VERDICT_PATH),

@@ -677,7 +677,7 @@ def test_slot_model_and_policy_must_be_what_was_asked_for(root):
         with pytest.raises(IdentityMismatch, match="'other'"):
             load(root / "dist/tiny/ort", root / "trust/trust.toml", model="other", slot=slot)
     shutil.copy(root / "trust/trust.toml", root / "dist/tiny/ort/policy/trust.toml")
-    with pytest.raises(SpecError, match="inside the bundle"):
+    with pytest.raises(VerificationError, match="inside the bundle"):
         load(root / "dist/tiny/ort", root / "dist/tiny/ort/policy/trust.toml", model="tiny", slot="open")
 
 

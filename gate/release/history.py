@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from gate.errors import LedgerError, PromotionRefused
-from gate.release.policy import StagePolicy
+from gate.release.policy import StagePolicy, moment_from_text
 from gate.release.statements import FIRST_PREVIOUS, LedgerEntry
 
 _Place = tuple[str, str]
@@ -96,12 +96,19 @@ class History:
         """The entry that revoked a verdict."""
         return self._revoked.get(verdict_sha256)
 
-    def let_in(self, verdict_sha256: str, model: str, slot: str, stage: str) -> LedgerEntry | None:
-        """The first entry that promoted a verdict into a stage of a slot, whatever became of it since."""
+    def let_in(self, verdict: str, *, model: str, slot: str, stage: str | None, is_last: bool) -> LedgerEntry | None:
+        """The first entry that promoted a verdict into a stage of a slot, whatever became of it since.
+
+        Args:
+            verdict: Its digest.
+            model, slot: Where to.
+            stage: Its name then; None: no matter.
+            is_last: All of the traffic will do, too: it is all of it, whatever its stage was called.
+        """
         for each in self.entries:
-            if each.action != "promote" or each.verdict != verdict_sha256:
+            if (each.action, each.verdict, each.model, each.slot) != ("promote", verdict, model, slot):
                 continue
-            if (each.model, each.slot, each.stage) == (model, slot, stage):
+            if each.stage == stage or (is_last and each.full):
                 return each
         return None
 
@@ -287,21 +294,16 @@ def rollback_targets(history: History, model: str, slot: str) -> tuple[LedgerEnt
     return tuple(each for each in earlier if history.revoked(each.verdict) is None)
 
 
-def rollback_target(history: History, model: str, slot: str) -> LedgerEntry | None:
-    """The last good one before the current one; None where there is none."""
-    return next(iter(rollback_targets(history, model, slot)), None)
-
-
 def moment(text: str) -> dt.datetime:
     """A time of the ledger.
 
     Raises:
         LedgerError: There is no such day or time.
     """
-    try:
-        return dt.datetime.fromisoformat(text.removesuffix("Z") + "+00:00")
-    except ValueError as err:
-        raise LedgerError(f"{text!r} is no time: {err}") from err
+    found = moment_from_text(text)
+    if found is None:
+        raise LedgerError(f"{text!r} is no time such as 2026-11-21T10:00:00Z")
+    return found
 
 
 def _require_new(

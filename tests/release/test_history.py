@@ -11,7 +11,6 @@ from gate.release.history import (
     history_from,
     may_enter,
     next_stage,
-    rollback_target,
     rollback_targets,
 )
 from gate.release.policy import StagePolicy
@@ -83,7 +82,7 @@ def test_an_empty_ledger_holds_nothing():
     found = history()
     assert where(found) == (None, None)
     assert found.last_serial("detector", "production") is None
-    assert rollback_target(found, "detector", "production") is None
+    assert rollback_targets(found, "detector", "production") == ()
     assert found.occupations() == ()
     assert found == History()
 
@@ -102,7 +101,7 @@ def test_the_last_stage_makes_it_current_and_the_candidate_is_gone():
     found = history(entry("promote", A), entry("promote", B, "shadow"), entry("promote", B))
     assert where(found) == (B, None)
     assert found.last_serial("detector", "production") == 2
-    assert rollback_target(found, "detector", "production").verdict == A
+    assert rollback_targets(found, "detector", "production")[0].verdict == A
 
 
 def test_a_rollback_with_a_candidate_drops_it_and_leaves_the_current_one():
@@ -131,15 +130,15 @@ def test_what_was_rolled_back_from_is_not_gone_back_to_by_itself():
 def test_what_was_rolled_back_from_may_be_named():
     found = history(entry("promote", A), entry("promote", B), entry("rollback", A), entry("rollback", B))
     assert where(found) == (B, None)
-    assert rollback_target(found, "detector", "production").verdict == A
+    assert rollback_targets(found, "detector", "production")[0].verdict == A
 
 
 def test_a_rollback_never_goes_to_a_revoked_one():
     found = history(entry("promote", A), entry("promote", B), entry("promote", C), entry("revoke", B))
-    assert rollback_target(found, "detector", "production").verdict == A
+    assert rollback_targets(found, "detector", "production")[0].verdict == A
     assert found.revoked(B).action == "revoke"
     found = history(entry("promote", A), entry("promote", B), entry("revoke", A))
-    assert rollback_target(found, "detector", "production") is None
+    assert rollback_targets(found, "detector", "production") == ()
 
 
 def test_a_revoked_one_is_in_no_slot_any_more_although_it_is_still_there():
@@ -391,11 +390,15 @@ def test_the_first_promotion_into_a_stage_is_when_it_was_let_in():
         entry("rollback", A),
         entry("revoke", A),
     )
-    assert found.let_in(A, "detector", "production", "full").index == 1
-    assert found.let_in(A, "detector", "production", "shadow").index == 0
-    for other in (
+    assert found.let_in(A, model="detector", slot="production", stage="full", is_last=False).index == 1
+    assert found.let_in(A, model="detector", slot="production", stage="shadow", is_last=False).index == 0
+    for verdict, model, slot, stage in (
         (B, "detector", "production", "shadow"),
         (A, "detector", "staging", "full"),
         (A, "other", "production", "full"),
+        (A, "detector", "production", "everyone"),
+        (A, "detector", "production", None),
     ):
-        assert found.let_in(*other) is None
+        assert found.let_in(verdict, model=model, slot=slot, stage=stage, is_last=False) is None
+    assert found.let_in(A, model="detector", slot="production", stage="everyone", is_last=True).index == 1
+    assert found.let_in(A, model="detector", slot="production", stage=None, is_last=True).index == 1
