@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _TEMPORARY = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{16}")
 _CHUNK_BYTES = 256 * 1024
+_FLUSH_BYTES = 16 * 1024 * 1024
 _REPLACED = 100
 """How often a file may be replaced by another while it is opened."""
 _BUFFERS = 8
@@ -253,6 +254,10 @@ def copy_hashed(source: BinaryIO, target: BinaryIO) -> FileDigest:
 def _write_all(target: BinaryIO, buffer: memoryview, count: int, free: queue.SimpleQueue[memoryview]) -> None:
     try:
         target.write(buffer[:count])
+        end = target.tell()
+        if end % _FLUSH_BYTES < count:
+            # The disk begins with it now, and not when all is there: dirty pages stay, and are written behind.
+            os.posix_fadvise(target.fileno(), max(0, end - _FLUSH_BYTES - count), _FLUSH_BYTES, os.POSIX_FADV_DONTNEED)
     finally:
         free.put(buffer)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gate.cli import COMMANDS
-from gate.cli.check import pasted
 from gate.errors import ExitCode, GateError, SpecError
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> ExitCode:
     """
     from gate.report.screen import show
 
+    # NumPy sorts some thousand durations here: threads for linear algebra would only take time to start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _require_options(args)
     steps: list[Step] = []
 
@@ -94,6 +96,8 @@ def run(args: argparse.Namespace) -> ExitCode:
     said = str(refused)
     print(f"REFUSED  {said if said.startswith(str(args.bundle)) else f'{args.bundle}: {said}'}", file=sys.stderr)
     if below := bundles_below(args.bundle):
+        from gate.cli.check import pasted
+
         print(
             "\n".join(["it holds bundles; verify each:", *(f"  gate verify {pasted(path)}" for path in below)]),
             file=sys.stderr,
