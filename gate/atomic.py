@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _TEMPORARY = re.compile(r"\.tmp-([0-9]+)-[0-9a-f]{16}")
 _CHUNK_BYTES = 256 * 1024
 _FLUSH_BYTES = 16 * 1024 * 1024
+"""After so many the disk is told to begin."""
 _REPLACED = 100
 """How often a file may be replaced by another while it is opened."""
 _BUFFERS = 8
@@ -204,14 +206,16 @@ def read_regular(path: Path, *, limit_bytes: int, single_link: bool = False) -> 
     return data
 
 
-def digest_of_stream(stream: BinaryIO, *, copy_to: BinaryIO | None = None) -> FileDigest:
-    """SHA-256 and length of what is left in a stream, written to `copy_to` on the way.
+def digest_of_stream(stream: BinaryIO, *, copy_to: BinaryIO | None = None, most_bytes: int | None = None) -> FileDigest:
+    """SHA-256 and length of what is left in a stream, or of its first `most_bytes`, written to `copy_to` on the way.
 
     Memory does not grow with the file. (`hashlib.file_digest` needs Python 3.11.)
     """
     digest, size_bytes = hashlib.sha256(), 0
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    while count := stream.readinto(buffer):  # type: ignore[attr-defined]
+    left = sys.maxsize if most_bytes is None else most_bytes
+    while count := stream.readinto(buffer[: min(left, _CHUNK_BYTES)]):  # type: ignore[attr-defined]
+        left -= count
         digest.update(buffer[:count])
         size_bytes += count
         if copy_to is not None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import datetime as dt
 import os
 import stat
 from collections.abc import Callable
@@ -47,6 +46,7 @@ from gate.release.statements import (
 )
 from gate.signing import PublicKey, verified
 from gate.trust import PolicyFile
+from gate.utc import utc_now
 
 MAX_LINE_BYTES = 64 * 1024
 MAX_LEDGER_BYTES = 256 * 1024 * 1024
@@ -137,11 +137,7 @@ def read_ledger(path: Path, policy: PolicyFile, *, now: str | None = None) -> Le
     Raises:
         LedgerError: It is not what was signed; names the line and the cause.
     """
-    return _read(path, policy, now=_clock() if now is None else now)
-
-
-def _clock() -> str:
-    return dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return _read(path, policy, now=utc_now() if now is None else now)
 
 
 def _read(path: Path, policy: PolicyFile, *, now: str, is_taken_over: bool = False) -> Ledger:
@@ -247,7 +243,7 @@ def sign_head(
         PromotionRefused: There is nothing to sign, the clock is behind the last entry, or the signer may not.
         LedgerError: The ledger is not what was signed, or cannot be written.
     """
-    at = _clock() if now is None else now
+    at = utc_now() if now is None else now
     name = _require_may_sign(policy, signer, at)
     with ExitStack() as stack:
         _lock(stack, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
 Fallback = Literal["onnx", "pytorch"]
 
 _LOG = logging.getLogger(__name__)
-_CHUNK_BYTES = 2**20
 _SEALS = ("F_SEAL_SEAL", "F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE")
 
 
@@ -609,13 +607,9 @@ def _copy(verified: VerifiedBundle, name: str, target: BinaryIO) -> None:
         DigestMismatch: It is not what was hashed.
     """
     expected = _digest_of(verified, name)
-    digest, left = hashlib.sha256(), expected.size_bytes + 1
     with verified.open(name) as source:
-        while left > 0 and (chunk := source.read(min(left, _CHUNK_BYTES))):
-            digest.update(chunk)
-            target.write(chunk)
-            left -= len(chunk)
-    if left != 1 or digest.hexdigest() != expected.sha256:
+        got = atomic.digest_of_stream(source, copy_to=target, most_bytes=expected.size_bytes + 1)
+    if got != expected:
         raise _changed(verified, name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -51,9 +51,6 @@ from gate.results import (
 )
 from gate.spec import Name
 from gate.verdict import Evidence, Finding, Interval, Limit, Status, Verdict
-
-if TYPE_CHECKING:
-    pass
 
 METADATA_PATH = "artifacts/metadata.json"
 LATENCY_PATH = "evidence/latency.json"

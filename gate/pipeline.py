@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from gate.steps.context import CheckOptions, Context, Observer, Silence, scores_
 from gate.steps.judge import check_engine
 from gate.steps.make import exported_graph, graph_name, lowered_graph
 from gate.steps.task import reference_values, require_task, task_kind
+from gate.utc import utc_now
 from gate.verdict import Evidence, Status
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _checked(
         spec_path=str(file.path),
         model_id=file.spec.model.id,
         samples=len(run.source),
-        created=dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=utc_now(),
         device=fingerprint(for_gpu=gpu),
         provenance=Provenance(
             spec_sha256=sha256_hex(file.text.encode()),

@@ -6,7 +6,6 @@ the gate signed, over the files that lie beside it, is revoked by its folder.
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import re
 import stat
@@ -46,6 +45,7 @@ from gate.release.statements import (
 from gate.signing import KeySigner, verified
 from gate.store import MAX_FILES, VERDICT_PATH, SealCheck, approval_path
 from gate.trust import PolicyFile, ledger_path
+from gate.utc import utc_now
 from gate.verification import VerifiedBundle, verify
 
 MAX_DEPTH = 8
@@ -100,11 +100,6 @@ class Recorded:
     slots: tuple[str, ...] | None = None
 
 
-def clock() -> str:
-    """The time of the system, UTC, in whole seconds."""
-    return dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def approve(
     bundle: Path,
     *,
@@ -134,7 +129,7 @@ def approve(
         VerificationError: The bundle would be refused.
         PromotionRefused: The key is not in the policy, not valid, has not that role, or approved it already.
     """
-    now = clock() if now is None else now
+    now = utc_now() if now is None else now
     require_no_link(bundle)
     stages = stages_of(policy.policy, slot)
     key = _require_key(policy, signer, now)
@@ -196,7 +191,7 @@ def promote(
         LedgerError: The ledger is not what was signed.
         PromotionRefused: The policy does not allow it, or somebody else was first.
     """
-    now = clock() if now is None else now
+    now = utc_now() if now is None else now
     require_no_link(bundle)
     stages = stages_of(policy.policy, slot)
     _require_key(policy, signer, now, role=PROMOTER)
@@ -262,7 +257,7 @@ def rollback(
         PromotionRefused: There is nothing to go back to, the last good one does not verify, or somebody else was first.
         SpecError: `bundle` and `older` are both given.
     """
-    now = clock() if now is None else now
+    now = utc_now() if now is None else now
     if bundle is not None and older:
         raise SpecError("a bundle is named, and the next older one is asked for: it is one or the other")
     stages = stages_of(policy.policy, slot)
@@ -332,7 +327,7 @@ def revoke(
         LedgerError: The ledger is not what was signed.
         PromotionRefused: It is revoked already.
     """
-    now = clock() if now is None else now
+    now = utc_now() if now is None else now
     _require_key(policy, signer, now, role=PROMOTER)
     _require_reason(reason)
     ledger = read_ledger(_ledger_path(policy), policy, now=now)

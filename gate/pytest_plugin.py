@@ -290,12 +290,11 @@ class Runs:
         Raises:
             GateError: The disk is full or may not be written to.
         """
-        import datetime as dt
-
         from gate.author import author
         from gate.baseline import accept
+        from gate.utc import utc_now
 
-        now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = utc_now()
         written = 0
         seen: set[tuple[str, str]] = set()
         for run in self._finished():

@@ -89,15 +89,15 @@ def read_policy(path: Path) -> PolicyFile:
     policy = policy_from_text(text, path=path)
     keys: dict[str, Trusted] = {}
     for index, entry in enumerate(policy.key):
-        where = f"{path}:{line_of(text, ('key', index, 'public'))}"
         try:
-            public = public_key(entry.public, where=where)
+            public = public_key(entry.public, where=str(path))
         except SpecError as err:
+            where = f"{path}:{line_of(text, ('key', index, 'public'))}"
             raise SpecError(f"key {entry.name!r}: {err.message}", where=where, hint=err.hint) from err
         if public.keyid in keys:
             raise VerificationError(
                 f"key {entry.name!r}: is the key of {keys[public.keyid].entry.name!r} too, so one key would count as two",
-                where=where,
+                where=f"{path}:{line_of(text, ('key', index, 'public'))}",
                 hint="let each person make a key of their own: gate key new",
             )
         keys[public.keyid] = Trusted(entry=entry, public=public)

@@ -1,12 +1,11 @@
 """A bundle held against a trust policy: who signed it, for what, and whether that is enough here and now.
 
-Nothing of the bundle is parsed before its signature holds, but for the
-envelope around it, and nothing is opened by a framework at all.
+Nothing of the bundle is parsed before its signature holds, but for the envelope around it, and nothing is opened by a
+framework at all.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
@@ -51,6 +50,7 @@ from gate.release.statements import (
 from gate.signing import verified
 from gate.store import VERDICT_PATH, SealCheck, Step, Steps, approval_path
 from gate.trust import Pinned, PolicyFile, Trusted, pinned
+from gate.utc import utc_now
 from gate.verdict import Evidence
 
 MAX_APPROVAL_BYTES = 64 * 1024
@@ -165,7 +165,7 @@ def verify(
         VerificationError: DigestMismatch, SignatureMismatch, IdentityMismatch, StaleVerdict, ApprovalsMissing, or the
             bundle is not what it says it is.
     """
-    at = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") if now is None else now
+    at = utc_now() if now is None else now
     if history is None and (policy.policy.ledger is not None or not admission):
         raise SpecError(
             "what the ledger says was not given, so nobody knows what was let in or revoked",

@@ -58,6 +58,7 @@ LAYERS = {
         "memory",
         "processes",
         "timing",
+        "utc",
     ),
     "effects": (
         "baseline",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from gate.author import ACCEPTED_BY, author
 from gate.cli import COMMANDS
 from gate.cli.check import LATEST, RUNS
 from gate.errors import BaselineError, ExitCode, MeasurementError, SpecError
+from gate.utc import utc_now
 
 if TYPE_CHECKING:
     from gate.baseline import Baseline, Change
@@ -73,7 +73,7 @@ def _run_accept(args: argparse.Namespace) -> ExitCode:
     from gate.baseline import accept
     from gate.report.json_report import read_report
 
-    now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = utc_now()
     written = 0
     refused: list[str] = []
     for path in report_paths(args.run_path):
